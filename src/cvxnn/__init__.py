@@ -1,0 +1,23 @@
+"""Two-layer neural networks trained through their convex formulations, with a certificate of optimality."""
+
+from cvxnn._version import __version__
+from cvxnn.certificates import Certificate, certify
+from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
+from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
+from cvxnn.problem import Problem, mlp_problem
+from cvxnn.solvers import Result, path, solve
+
+__all__ = [
+    "Certificate",
+    "ConvexMLPClassifier",
+    "ConvexMLPClassifierCV",
+    "ConvexMLPRegressor",
+    "ConvexMLPRegressorCV",
+    "Problem",
+    "Result",
+    "__version__",
+    "certify",
+    "mlp_problem",
+    "path",
+    "solve",
+]

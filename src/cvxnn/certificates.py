@@ -1,0 +1,400 @@
+"""How far a point can be from the global optimum: duality gaps that are valid at any point (math section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cvxnn.errors import InvalidInputError
+from cvxnn.problem import Problem
+
+__all__ = [
+    "AT_ROUNDING",
+    "STATIONARITY_TOLERANCE",
+    "Certificate",
+    "certify",
+    "dual_bound",
+    "evaluate",
+    "relative_gap",
+]
+
+#: Relative stationarity residual up to which the bound of Theorem 3.4 is reported.
+STATIONARITY_TOLERANCE = 1e-6
+#: Relative gaps below this are indistinguishable from zero in float64.
+AT_ROUNDING = 1e-12
+_EPS = 2.0**-53
+
+_SCOPES = {
+    "linear_network": "all two-layer linear networks",
+    "given_gates": "all networks with the given gates",
+    "sampled_gates": "all networks with the sampled gates",
+    "all_gates": "all networks with gates from every activation pattern of the data",
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Proof of how good a point is, computed in float64 for exactly this point.
+
+    Attributes
+    ----------
+    primal : float
+        Objective of the point.
+    lower_bound : float
+        No point of the problem has an objective below it.
+    relative_gap : float
+        (primal - lower_bound) / lower_bound; 0/0 is 0, x/0 is infinity.
+    dual_norm_ratio, dual_norm_ratio_lower : float
+        Upper and lower bound of max_k ||G_k||_D* / beta, G = A*(gradient of the loss); an optimum has 1
+        (or less, where Z = 0).
+    theorem_bound : float or None
+        Theorem 3.4 with its correction for the remaining residual; None unless
+        ``stationarity <= STATIONARITY_TOLERANCE``.
+    scope : str
+        What the gap is relative to.
+    loss, penalty : float
+        The two parts of the objective: F, and Omega without beta.
+    stationarity : float
+        Relative residual of the stationarity conditions (68), (69).
+    gate_ratios : tuple of float
+        Upper bounds of ||G_k||_D* / beta, one per gate.
+    """
+
+    primal: float
+    lower_bound: float
+    relative_gap: float
+    dual_norm_ratio: float
+    dual_norm_ratio_lower: float
+    theorem_bound: float | None
+    scope: str
+    loss: float
+    penalty: float
+    beta: float
+    stationarity: float
+    gate_ratios: tuple[float, ...] = dataclasses.field(repr=False, default=())
+
+    def with_bounds(self, lower_bound: float) -> Certificate:
+        """The same point with a lower bound proven elsewhere, where that one is better."""
+        if lower_bound <= self.lower_bound:
+            return self
+        return dataclasses.replace(self, lower_bound=lower_bound, relative_gap=relative_gap(self.primal, lower_bound))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary for JSON; infinities become None."""
+        fields = dataclasses.asdict(self)
+        fields["gate_ratios"] = [_json_number(value) for value in self.gate_ratios]
+        return {key: _json_number(value) for key, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Certificate:
+        """The inverse of :meth:`to_dict`."""
+        infinite = ("primal", "relative_gap", "dual_norm_ratio", "stationarity")
+        values: dict[str, Any] = {
+            key: math.inf if fields[key] is None and key in infinite else fields[key] for key in fields
+        }
+        values["gate_ratios"] = tuple(math.inf if r is None else r for r in fields["gate_ratios"])
+        return cls(**values)
+
+    def summary(self) -> str:
+        """The certificate in words."""
+        among = _SCOPES.get(self.scope, self.scope)
+        lines = [
+            f"objective      {self.primal:.8g}",
+            f"lower bound    {self.lower_bound:.8g}",
+            f"relative gap   {self.relative_gap:.2e}" + ("  (at rounding)" if self.at_rounding else ""),
+            f"scope          {self.scope}",
+        ]
+        if self.relative_gap == math.inf:
+            verdict = "Nothing is proven about this point: the lower bound is zero."
+        elif self.at_rounding:
+            verdict = f"This is a global optimum among {among}, up to rounding."
+        else:
+            verdict = f"The objective is at most {_percent(self.relative_gap)} above the best possible among {among}."
+        return "\n".join([*lines, verdict])
+
+    @property
+    def at_rounding(self) -> bool:
+        """Whether the gap cannot be told from zero in float64."""
+        return self.relative_gap < AT_ROUNDING
+
+
+def _percent(gap: float) -> str:
+    return f"{100 * gap:.2g}%"
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def relative_gap(primal: float, lower: float) -> float:
+    """(primal - lower) / lower with 0/0 = 0 and x/0 = infinity."""
+    difference = primal - lower
+    if difference <= 0:
+        return 0.0
+    return difference / lower if lower > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class DualBound:
+    """A lower bound of the optimum from one dual candidate nu, and what was found on the way."""
+
+    lower_bound: float
+    blocks: torch.Tensor
+    norms_lower: torch.Tensor
+    norms_upper: torch.Tensor
+
+    @property
+    def dual_norm(self) -> float:
+        """Upper bound of q = max_k ||A_k*(nu)||_D*."""
+        return float(self.norms_upper.max())
+
+
+def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> DualBound:
+    """Lower bound -F*(s nu) with the best s, |s| q(nu) <= beta, rounding subtracted.
+
+    Parameters
+    ----------
+    nu : torch.Tensor of shape (n, c), float64
+        Any dual direction; with an output bias it must come from ``center_dual``.
+    magnitude : torch.Tensor of shape (c,)
+        Size of the intercepts that are to be covered; only what rounding leaves of 1^T nu = 0 is
+        multiplied with it.
+    """
+    op = problem.operator.double()
+    blocks = op.adjoint(nu)
+    lower, upper = problem.norm.dual(blocks, op.adjoint_rounding(nu))
+    q = float(upper.max())
+    Y, w = problem.Y64, problem.weights
+    s_max = problem.beta / q * (1 - 8 * _EPS) if q > 0 else math.inf
+    scale = problem.loss.dual_scale(nu, Y, w, s_max)
+    bound = problem.loss.infimum(Y, w)
+    if scale > 0 and math.isfinite(scale):
+        scaled = scale * nu
+        conjugate = float(problem.loss.conjugate(scaled, Y, w))
+        terms = float(problem.loss.conjugate_terms_magnitude(scaled, Y, w))
+        allowance = 4 * nu.numel() * _EPS * terms
+        if problem.output_bias:
+            leak = scaled.sum(0).abs() + len(nu) * _EPS * scaled.abs().sum(0)
+            allowance += float(leak @ magnitude)
+        if math.isfinite(conjugate):
+            bound = max(bound, -conjugate - allowance)
+    return DualBound(bound, blocks, lower, upper)
+
+
+def _convex_stationarity(problem: Problem, Z: torch.Tensor, blocks: torch.Tensor, penalty: float) -> float:
+    """Relative residual of (68), (69) at the balanced factors of Z; of their inner product for other norms."""
+    beta = problem.beta
+    if penalty == 0:
+        return 0.0
+    if problem.norm.name != "nuclear":
+        gap = beta * problem.norm.value(Z)[1] + (blocks * Z).sum((1, 2))
+        return float(gap.abs().sum()) / (beta * penalty)
+    P, s, Qt = torch.linalg.svd(Z, full_matrices=False)
+    U, V = P * s.sqrt().unsqueeze(1), Qt.mT * s.sqrt().unsqueeze(1)
+    return _factor_stationarity(beta, U, V, blocks)
+
+
+def _factor_stationarity(beta: float, U: torch.Tensor, V: torch.Tensor, blocks: torch.Tensor) -> float:
+    size = float(U.square().sum() + V.square().sum())
+    if size == 0:
+        return 0.0
+    left, right = blocks @ V + beta * U, blocks.mT @ U + beta * V
+    return math.sqrt(float(left.square().sum() + right.square().sum()) / size) / beta
+
+
+def _factor_penalty(problem: Problem, U: torch.Tensor, V: torch.Tensor) -> float:
+    """1/2 sum (||u||_C^2 + ||v||_R^2) of the columns, the penalty of (14)."""
+    orders = {"l1": 1, "l2": 2, "linf": math.inf}
+    left = torch.linalg.vector_norm(U, ord=orders[problem.norm.left], dim=1)
+    right = torch.linalg.vector_norm(V, ord=orders[problem.norm.right], dim=1)
+    return float(left.square().sum() + right.square().sum()) / 2
+
+
+def certify(
+    problem: Problem,
+    Z: Any = None,
+    *,
+    factors: tuple[Any, Any] | None = None,
+    intercept: Any = None,
+    dual: Any = None,
+) -> Certificate:
+    """Certificate of any point, stationary or not.
+
+    Parameters
+    ----------
+    problem : Problem
+    Z : array-like of shape (P, p, q)
+        Blocks; or give `factors`.
+    factors : pair (U, V), shapes (P, p, m) and (P, q, m)
+        Burer-Monteiro factors; the primal value is then that of (14).
+    intercept : array-like of shape (c,), optional
+        The unpenalised intercept; minimised out where none is given.
+    dual : array-like of shape (n, c), or list of them, optional
+        Further dual candidates (such as ``result.dual``); the best lower bound counts.
+
+    Returns
+    -------
+    Certificate
+
+    Raises
+    ------
+    InvalidInputError
+        Wrong shapes, NaN or infinities, or not exactly one of `Z` and `factors`.
+    """
+    point = evaluate(problem, Z, factors=factors, intercept=intercept)
+    nu = problem.dual_candidate(point.predictions)
+    natural = dual_bound(problem, nu, point.magnitude)
+    lower = natural.lower_bound
+    for candidate in _candidates(problem, dual):
+        lower = max(lower, dual_bound(problem, candidate, point.magnitude).lower_bound)
+    stationarity = _stationarity(problem, point, natural.blocks)
+    ratios = natural.norms_upper / problem.beta
+    return Certificate(
+        primal=point.primal,
+        lower_bound=lower,
+        relative_gap=relative_gap(point.primal, lower),
+        dual_norm_ratio=float(ratios.max()),
+        dual_norm_ratio_lower=float(natural.norms_lower.max()) / problem.beta,
+        theorem_bound=_theorem_bound(problem, point, natural, nu, stationarity),
+        scope=problem.scope,
+        loss=point.loss,
+        penalty=point.penalty,
+        beta=problem.beta,
+        stationarity=stationarity,
+        gate_ratios=tuple(ratios.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A point in float64, with its objective."""
+
+    Z: torch.Tensor | None
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+    intercept: torch.Tensor
+    outputs: torch.Tensor
+    predictions: torch.Tensor
+    magnitude: torch.Tensor
+    loss: float
+    penalty: float
+    primal: float
+
+
+def evaluate(
+    problem: Problem, Z: Any = None, *, factors: tuple[Any, Any] | None = None, intercept: Any = None
+) -> Evaluation:
+    """Objective of a point in float64; parameters and errors as for :func:`certify`."""
+    if (Z is None) == (factors is None):
+        raise InvalidInputError("exactly one of Z and factors is wanted")
+    op = problem.operator.double()
+    blocks = pair = None
+    if factors is not None:
+        pair = _check_factors(problem, factors)
+        outputs = op.apply_factors(*pair)
+        penalty = _factor_penalty(problem, *pair)
+    else:
+        blocks = _tensor(problem, Z, "Z")
+        if tuple(blocks.shape) != op.block_shape:
+            raise InvalidInputError(f"Z has shape {tuple(blocks.shape)}; {op.block_shape} is wanted")
+        outputs = op.apply(blocks)
+        penalty = float(problem.norm.value(blocks)[1].sum())
+
+    offset = problem.best_intercept(outputs) if intercept is None else _tensor(problem, intercept, "intercept")
+    if offset.shape != outputs.shape[1:]:
+        raise InvalidInputError(f"intercept has shape {tuple(offset.shape)}; {tuple(outputs.shape[1:])} is wanted")
+    if not problem.output_bias and bool(offset.any()):
+        raise InvalidInputError("an intercept is given, but the problem has output_bias=False")
+    predictions = outputs + offset
+    loss = float(problem.loss.value(predictions, problem.Y64, problem.weights))
+    return Evaluation(
+        Z=blocks,
+        factors=pair,
+        intercept=offset,
+        outputs=outputs,
+        predictions=predictions,
+        magnitude=predictions.abs().amax(0) + problem.Y64.abs().amax(0) + offset.abs(),
+        loss=loss,
+        penalty=penalty,
+        primal=loss + problem.beta * penalty,
+    )
+
+
+def _check_factors(problem: Problem, factors: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    n_gates, p, q = problem.operator.block_shape
+    U, V = (_tensor(problem, part, name) for part, name in zip(factors, ("U", "V"), strict=True))
+    m = U.shape[-1] if U.ndim == 3 else 0
+    if U.shape != (n_gates, p, m) or V.shape != (n_gates, q, m):
+        raise InvalidInputError(
+            f"factors have shapes {tuple(U.shape)} and {tuple(V.shape)}; "
+            f"({n_gates}, {p}, m) and ({n_gates}, {q}, m) are wanted"
+        )
+    return U, V
+
+
+def _stationarity(problem: Problem, point: Evaluation, blocks: torch.Tensor) -> float:
+    """Relative residual of the stationarity conditions, that of the intercept included."""
+    if point.factors is not None and problem.norm.name == "nuclear":
+        residual = _factor_stationarity(problem.beta, *point.factors, blocks)
+    else:
+        Z = point.Z
+        if point.factors is not None:
+            Z = point.factors[0] @ point.factors[1].mT
+        assert Z is not None
+        residual = _convex_stationarity(problem, Z, blocks, point.penalty)
+    if problem.output_bias:
+        gradient = problem.loss.gradient(point.predictions, problem.Y64, problem.weights)
+        size = float(gradient.abs().sum())
+        if size > 0:
+            residual = max(residual, float(gradient.sum(0).abs().max()) / size)
+    return residual
+
+
+def _theorem_bound(
+    problem: Problem,
+    point: Evaluation,
+    bound: DualBound,
+    nu: torch.Tensor,
+    stationarity: float,
+) -> float | None:
+    """Theorem 3.4, (20), at stationary points; what is left of the residual is added.
+
+    With s = min(1, beta/q) and F >= 0, convexity gives p* >= s (F - <G, Z>); at a stationary point
+    -<G, Z> = beta Omega and this is (20), elsewhere it is off by the computed difference.
+    """
+    if not stationarity <= STATIONARITY_TOLERANCE:
+        return None
+    s = min(1.0, problem.beta / bound.dual_norm) if bound.dual_norm > 0 else 1.0
+    residual = problem.beta * point.penalty + float((nu * point.outputs).sum())
+    floor = s * (point.primal - max(residual, 0.0))
+    if floor > 0:
+        return max(0.0, point.primal / floor - 1)
+    return 0.0 if point.primal == 0 else math.inf
+
+
+def _candidates(problem: Problem, dual: Any) -> list[torch.Tensor]:
+    if dual is None:
+        return []
+    given = list(dual) if isinstance(dual, (list, tuple)) else [dual]
+    out = []
+    for nu in given:
+        candidate = _tensor(problem, nu, "dual")
+        if candidate.shape != problem.Y64.shape:
+            raise InvalidInputError(f"dual has shape {tuple(candidate.shape)}; {tuple(problem.Y64.shape)} is wanted")
+        if problem.output_bias:
+            candidate = problem.loss.center_dual(candidate, problem.Y64, problem.weights)
+        out.append(candidate)
+    return out
+
+
+def _tensor(problem: Problem, value: Any, name: str) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(value).detach().to(problem.device, torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"{name} cannot be read as an array of numbers: {error}") from error
+    if not bool(torch.isfinite(tensor).all()):
+        raise InvalidInputError(f"{name} contains NaN or infinity; finite numbers are wanted")
+    return tensor

@@ -1,0 +1,272 @@
+"""scikit-learn estimators: a convex two-layer network as a classifier or a regressor."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from cvxnn.certificates import Certificate
+from cvxnn.errors import CertificationWarning, InvalidInputError
+from cvxnn.networks import TwoLayerNetwork
+from cvxnn.problem import Problem, mlp_problem
+from cvxnn.samples import merge_duplicates
+from cvxnn.solvers import Result, solve
+from cvxnn.validation import check_sample_weight
+
+__all__ = ["ConvexMLPClassifier", "ConvexMLPRegressor", "project_to_simplex"]
+
+
+def project_to_simplex(outputs: np.ndarray) -> np.ndarray:
+    """Euclidean projection of each row of `outputs`, (n, c), onto the probability simplex.
+
+    By sorting (Held, Wolfe, Crowder 1974).
+    """
+    descending = -np.sort(-outputs, axis=1)
+    excess = np.cumsum(descending, axis=1) - 1
+    rank = np.arange(1, outputs.shape[1] + 1)
+    n_positive = (descending - excess / rank > 0).sum(axis=1)
+    threshold = excess[np.arange(len(outputs)), n_positive - 1] / n_positive
+    projected = np.maximum(outputs - threshold[:, None], 0)
+    return projected / projected.sum(axis=1, keepdims=True)
+
+
+class _ConvexMLP(BaseEstimator):
+    """What classifier and regressor share; parameters are documented there."""
+
+    _losses: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        activation: str = "gated_relu",
+        *,
+        n_gates: int = 100,
+        rank: int | None = None,
+        beta: float = 1e-3,
+        loss: str = "squared",
+        solver: str = "auto",
+        tol: float = 1e-4,
+        max_iter: int | None = None,
+        time_limit: float | None = None,
+        hidden_bias: bool = True,
+        output_bias: bool = True,
+        gates: Any = None,
+        gate_sampling: str = "gaussian",
+        gate_quantile: float | None = None,
+        norms: tuple[str, str] = ("l2", "l2"),
+        solver_options: dict[str, Any] | None = None,
+        dtype: str = "float64",
+        random_state: Any = None,
+        device: str = "auto",
+        verbose: int = 0,
+    ) -> None:
+        self.activation = activation
+        self.n_gates = n_gates
+        self.rank = rank
+        self.beta = beta
+        self.loss = loss
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.time_limit = time_limit
+        self.hidden_bias = hidden_bias
+        self.output_bias = output_bias
+        self.gates = gates
+        self.gate_sampling = gate_sampling
+        self.gate_quantile = gate_quantile
+        self.norms = norms
+        self.solver_options = solver_options
+        self.dtype = dtype
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def _problem(self, X: np.ndarray, Y: np.ndarray, weights: np.ndarray, beta: float, random_state: Any) -> Problem:
+        if self.loss not in self._losses:
+            known = ", ".join(map(repr, self._losses))
+            raise InvalidInputError(f"loss is {self.loss!r}; one of {known} is wanted")
+        return mlp_problem(
+            X,
+            Y,
+            activation=self.activation,
+            gates=self.gates,
+            n_gates=self.n_gates,
+            beta=beta,
+            loss=self.loss,
+            reduction="mean",
+            hidden_bias=self.hidden_bias,
+            output_bias=self.output_bias,
+            norms=self.norms,
+            sample_weight=weights,
+            gate_sampling=self.gate_sampling,
+            gate_quantile=self.gate_quantile,
+            random_state=random_state,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _solver_arguments(self) -> dict[str, Any]:
+        return {
+            "solver": self.solver,
+            "rank": self.rank,
+            "tol": self.tol,
+            "max_iter": self.max_iter,
+            "time_limit": self.time_limit,
+            "solver_options": self.solver_options,
+            "random_state": self.random_state,
+            "verbose": self.verbose,
+        }
+
+    def _fit_targets(self, X: np.ndarray, Y: np.ndarray, sample_weight: Any) -> None:
+        """Fit to a matrix of targets; samples that occur more than once are merged first."""
+        weights = check_sample_weight(sample_weight, len(X))
+        problem = self._problem(*merge_duplicates(X, Y, weights), self.beta, self.random_state)
+        self._set_result(solve(problem, **self._solver_arguments()))
+
+    def _set_result(self, result: Result) -> None:
+        self.result_ = result
+        self.certificate_: Certificate = result.certificate
+        self.n_iter_ = max(1, result.n_iter)
+        self.network_: TwoLayerNetwork = result.network()
+        if result.status != "certified":
+            warnings.warn(
+                f"training ended as {result.status!r} at a relative duality gap of "
+                f"{result.certificate.relative_gap:.1e}, above tol={self.tol:g}; raise max_iter or time_limit",
+                CertificationWarning,
+                stacklevel=4,
+            )
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Outputs of the network, (n, c) float64."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        with torch.no_grad():
+            rows = torch.from_numpy(np.array(X, copy=True, order="C")).to(self.network_.bias.device)
+            return self.network_(rows).double().cpu().numpy()
+
+
+class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
+    """A two-layer network classifier trained to a certified distance from the global optimum.
+
+    There is no learning rate to tune, and ``certificate_`` says how far the training objective is, at
+    most, from the best possible one for the same gates.
+
+    Parameters
+    ----------
+    activation : {"gated_relu", "linear"}
+    n_gates : int
+        Number of gates drawn; equal ones are merged.
+    rank : int or None
+        For Burer-Monteiro solvers; None for the convex ones.
+    beta : float
+        Regularisation (weight decay on both layers), for the mean loss.
+    loss : {"squared", "cross_entropy", "huber", "logistic"}
+        On one-hot labels.
+    solver : str
+        See :func:`cvxnn.solve`.
+    tol : float
+        Relative duality gap at which training ends.
+    max_iter, time_limit : optional
+        Limits; ending there raises a ``CertificationWarning``.
+    hidden_bias, output_bias : bool
+        Biases of the two layers; that of the output is not penalised.
+    gates : array-like of shape (d + hidden_bias, P), "enumerate" or None
+    gate_sampling : {"gaussian", "differences", "whitened"}
+    gate_quantile : float or None
+    norms : pair of {"l1", "l2", "linf"}
+    solver_options : dict or None
+    dtype : {"float64", "float32"}
+    random_state : int, RandomState or None
+        Draws the gates.
+    device : {"auto", "cpu", "cuda"}
+    verbose : {0, 1, 2}
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+    certificate_ : Certificate
+    result_ : Result
+    network_ : torch.nn.Module
+    n_iter_ : int
+    n_features_in_, feature_names_in_
+
+    Examples
+    --------
+    >>> from cvxnn import ConvexMLPClassifier
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = ConvexMLPClassifier(random_state=0).fit(X, y)
+    >>> bool(model.certificate_.relative_gap <= 1e-4)
+    True
+    """
+
+    _losses = ("squared", "cross_entropy", "huber", "logistic")
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexMLPClassifier:
+        """Train on X (n, d) and labels y (n,), numbers or strings."""
+        X, Y = self._validate(X, y)
+        self._fit_targets(X, Y, sample_weight)
+        return self
+
+    def _validate(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        X, y = validate_data(self, X, y, dtype=np.float64, order="C")
+        check_classification_targets(y)
+        self.classes_, index = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise InvalidInputError(f"y has only one class, {self.classes_.tolist()}; at least two classes are wanted")
+        return X, np.eye(len(self.classes_))[index]
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Outputs of the network: (n, n_classes), or for two classes (n,), positive for the second."""
+        outputs = self._outputs(X)
+        return outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities (n, n_classes).
+
+        Softmax for cross-entropy, normalised sigmoids for logistic, and otherwise the Euclidean projection
+        of the outputs onto the simplex.
+        """
+        outputs = self._outputs(X)
+        if self.loss == "cross_entropy":
+            return torch.softmax(torch.from_numpy(outputs), dim=1).numpy()
+        if self.loss == "logistic":
+            log_odds = torch.nn.functional.logsigmoid(torch.from_numpy(outputs))
+            return torch.softmax(log_odds, dim=1).numpy()
+        return project_to_simplex(outputs)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class with the largest output, for each sample."""
+        outputs = self._outputs(X)
+        return self.classes_[outputs.argmax(axis=1)]
+
+
+class ConvexMLPRegressor(RegressorMixin, MultiOutputMixin, _ConvexMLP):
+    """A two-layer network regressor trained to a certified distance from the global optimum.
+
+    Parameters and attributes are those of :class:`ConvexMLPClassifier`, without classes; `loss` is
+    "squared" or "huber", and y may have several columns.
+    """
+
+    _losses = ("squared", "huber")
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexMLPRegressor:
+        """Train on X (n, d) and targets y, (n,) or (n, c)."""
+        X, Y = self._validate(X, y)
+        self._fit_targets(X, Y, sample_weight)
+        return self
+
+    def _validate(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        X, y = validate_data(self, X, y, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
+        self._single_output = y.ndim == 1
+        return X, np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predictions, (n,) or (n, c) as y was in training."""
+        outputs = self._outputs(X)
+        return outputs[:, 0] if self._single_output else outputs

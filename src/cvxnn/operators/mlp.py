@@ -1,0 +1,172 @@
+"""Linear and gated-ReLU two-layer perceptrons: A_k(Z_k) = D_k X Z_k (equations (2), (5), (17), (18))."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvxnn.operators.base import Operator, row_batches
+from cvxnn.patterns import activation_patterns
+
+__all__ = ["MLPOperator"]
+
+
+class MLPOperator(Operator):
+    """A(Z) = sum_k D_k X Z_k with D_k = diag(1{X g_k >= 0}); the linear network has P = 1 and D = I.
+
+    Parameters
+    ----------
+    X : torch.Tensor of shape (n, d)
+        Data, with the column of ones of the hidden bias where there is one.
+    n_outputs : int
+        Number of outputs c.
+    gates : numpy.ndarray of shape (d, P) or None
+        Gate vectors; None for the linear network.
+    patterns : torch.Tensor of shape (n, P), dtype bool, or None
+        Patterns of the gates on X, computed from `gates` in float64 where not given.
+
+    Notes
+    -----
+    Every product over the gates is one matrix product. Which side is masked, X (n x P d numbers) or the
+    outputs (n x P c numbers), depends on which is smaller; both are formed in batches of rows only.
+    """
+
+    architecture = "mlp"
+
+    def __init__(
+        self,
+        X: torch.Tensor,
+        n_outputs: int,
+        gates: np.ndarray | None = None,
+        patterns: torch.Tensor | None = None,
+    ) -> None:
+        self.X = X
+        self.dtype, self.device = X.dtype, X.device
+        self.gates = gates
+        self.activation = "linear" if gates is None else "gated_relu"
+        self.n_samples, d = X.shape
+        self.n_outputs = n_outputs
+        self.block_shape = (1 if gates is None else gates.shape[1], d, n_outputs)
+        if gates is not None and patterns is None:
+            bits = activation_patterns(X.to("cpu", torch.float64).numpy(), gates)
+            patterns = torch.from_numpy(bits).to(self.device)
+        self._patterns = patterns
+        width = self.n_gates * min(d, n_outputs)
+        self._batches = row_batches(self.n_samples, width * X.element_size())
+        self._mask_inputs = d < n_outputs
+
+    @property
+    def patterns(self) -> torch.Tensor:
+        if self._patterns is None:
+            return torch.ones(self.n_samples, 1, dtype=torch.bool, device=self.device)
+        return self._patterns
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        """Patterns as numbers of the working type."""
+        return self.patterns.to(self.dtype)
+
+    @cached_property
+    def _double(self) -> MLPOperator:
+        return MLPOperator(self.X.double(), self.n_outputs, self.gates, self._patterns)
+
+    def double(self) -> MLPOperator:
+        return self if self.dtype == torch.float64 else self._double
+
+    def _features(self, rows: slice) -> torch.Tensor:
+        """Rows of Phi = [D_1 X, ..., D_P X], shape (rows, P d)."""
+        X = self.X[rows]
+        if self._patterns is None:
+            return X
+        return (self._mask[rows].unsqueeze(2) * X.unsqueeze(1)).flatten(1)
+
+    def apply(self, Z: torch.Tensor) -> torch.Tensor:
+        if self._patterns is None:
+            return self.X @ Z[0]
+        if self._mask_inputs:
+            flat = Z.reshape(self.n_features, self.n_outputs)
+            return torch.cat([self._features(rows) @ flat for rows in self._batches])
+        flat = Z.permute(1, 0, 2).reshape(self.block_shape[1], -1)
+        out = [self._sum_active(self.X[rows] @ flat, rows) for rows in self._batches]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _sum_active(self, outputs: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Sum the outputs (rows, P c) of all gates over the active ones, giving (rows, c)."""
+        per_gate = outputs.view(len(outputs), self.n_gates, -1)
+        return torch.bmm(self._mask[rows].unsqueeze(1), per_gate).squeeze(1)
+
+    def adjoint(self, L: torch.Tensor) -> torch.Tensor:
+        if self._patterns is None:
+            return (self.X.T @ L).unsqueeze(0)
+        n_gates, d, c = self.block_shape
+        if self._mask_inputs:
+            flat = L.new_zeros(n_gates * d, c)
+            for rows in self._batches:
+                flat.addmm_(self._features(rows).T, L[rows])
+            return flat.view(n_gates, d, c)
+        flat = L.new_zeros(d, n_gates * c)
+        for rows in self._batches:
+            masked = self._mask[rows].unsqueeze(2) * L[rows].unsqueeze(1)
+            flat.addmm_(self.X[rows].T, masked.flatten(1))
+        return flat.view(d, n_gates, c).permute(1, 0, 2)
+
+    @cached_property
+    def _norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.X))
+
+    def adjoint_rounding(self, L: torch.Tensor) -> float:
+        eps = torch.finfo(self.dtype).eps / 2
+        return 4 * self.n_samples * eps * self._norm * float(torch.linalg.vector_norm(L))
+
+    def apply_rounding(self, Z: torch.Tensor) -> float:
+        eps = torch.finfo(self.dtype).eps / 2
+        blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
+        return 4 * (self.block_shape[1] + self.n_gates) * eps * self._norm * blocks
+
+    def apply_factors(self, U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        n_gates, d, m = U.shape
+        inner = U.permute(1, 0, 2).reshape(d, n_gates * m)
+        outer = V.permute(0, 2, 1).reshape(n_gates * m, self.n_outputs)
+        out = []
+        for rows in row_batches(self.n_samples, n_gates * m * self.X.element_size()):
+            hidden = (self.X[rows] @ inner).view(-1, n_gates, m)
+            if self._patterns is not None:
+                hidden = hidden * self._mask[rows].unsqueeze(2)
+            out.append(hidden.flatten(1) @ outer)
+        return torch.cat(out)
+
+    def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        hidden = u @ self.X.T
+        if self._patterns is not None:
+            hidden = hidden * self._mask.T[gate]
+        return hidden.unsqueeze(2) * v.unsqueeze(1)
+
+    def kernel(self) -> torch.Tensor:
+        K = self.X @ self.X.T
+        if self._patterns is not None:
+            # Counts of common gates are small integers, exact in float32.
+            bits = self._patterns.to(torch.float32)
+            K *= bits @ bits.T
+        return K
+
+    def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:
+        size = self.n_features
+        G = self.X.new_zeros(size, size)
+        for rows in row_batches(self.n_samples, size * self.X.element_size()):
+            features = self._features(rows)
+            weighted = features if weights is None else features * weights[rows].unsqueeze(1)
+            G.addmm_(features.T, weighted)
+        return G
+
+    def predict(self, Z: torch.Tensor, X: np.ndarray) -> torch.Tensor:
+        data = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64)).to(self.device, self.dtype)
+        return MLPOperator(data, self.n_outputs, self.gates).apply(Z)
+
+    def data_tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.X,)
+
+    def describe(self) -> dict[str, Any]:
+        return {"architecture": self.architecture, "activation": self.activation}

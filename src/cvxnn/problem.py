@@ -1,0 +1,354 @@
+"""A training problem: data, architecture, loss, norm and beta (math section 1)."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.losses import Loss, get_loss
+from cvxnn.norms import MatrixNorm, get_norm
+from cvxnn.operators import MLPOperator, Operator
+from cvxnn.patterns import (
+    activation_patterns,
+    deduplicate_gates,
+    enumerate_gates,
+    sample_gates,
+)
+from cvxnn.validation import (
+    as_matrix,
+    check_choice,
+    check_integer,
+    check_positive,
+    check_sample_weight,
+    encode_targets,
+    resolve_device,
+    resolve_dtype,
+)
+
+__all__ = ["GATE_SAMPLING", "Problem", "mlp_problem"]
+
+GATE_SAMPLING = ("gaussian", "differences", "whitened")
+
+
+class Problem:
+    """minimise over Z and b:  F(A(Z) + 1 b^T) + beta * sum_k ||Z_k||_D.
+
+    Build one with :func:`cvxnn.mlp_problem`. The intercept b is there with ``output_bias`` only.
+
+    Attributes
+    ----------
+    operator : Operator
+        The linear map A in the working type.
+    loss, norm : Loss, MatrixNorm
+    beta : float
+    Y : torch.Tensor of shape (n, c)
+    weights : torch.Tensor of shape (n,), float64
+        Weight of each sample's loss: 1 for "sum", 1/n for "mean", times the sample weights
+        (with "mean" these are divided by their sum).
+    output_bias, hidden_bias : bool
+    scope : str
+        What a certificate of this problem is relative to.
+    classes : numpy.ndarray or None
+        Class labels in the order of the output columns, where Y was labels.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        Y: torch.Tensor,
+        *,
+        loss: Loss,
+        norm: MatrixNorm,
+        beta: float,
+        weights: torch.Tensor,
+        reduction: str,
+        scope: str,
+        output_bias: bool = False,
+        hidden_bias: bool = False,
+        classes: np.ndarray | None = None,
+    ) -> None:
+        self.operator = operator
+        self.Y = Y
+        self.loss = loss
+        self.norm = norm
+        self.beta = beta
+        self.weights = weights
+        self.reduction = reduction
+        self.scope = scope
+        self.output_bias = output_bias
+        self.hidden_bias = hidden_bias
+        self.classes = classes
+
+    def __repr__(self) -> str:
+        n, c = self.Y.shape
+        return (
+            f"Problem({self.operator.architecture}, {self.activation}, n={n}, outputs={c}, "
+            f"gates={self.n_gates}, loss={self.loss.name}, reduction={self.reduction}, beta={self.beta:g})"
+        )
+
+    @property
+    def activation(self) -> str:
+        """Activation of the hidden layer."""
+        return self.operator.activation
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples n."""
+        return self.operator.n_samples
+
+    @property
+    def n_gates(self) -> int:
+        """Number of gates P that are used."""
+        return self.operator.n_gates
+
+    @property
+    def gates(self) -> torch.Tensor | None:
+        """Gate vectors, (d, P) float64 (with the hidden bias d counts its row); None where there are none."""
+        if self.operator.gates is None:
+            return None
+        return torch.from_numpy(self.operator.gates).to(self.device)
+
+    @property
+    def patterns(self) -> torch.Tensor:
+        """Activation patterns, (n, P) bool for the MLP."""
+        return self.operator.patterns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Working type of the solvers; certificates are always computed in float64."""
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the data and of the results."""
+        return self.operator.device
+
+    @cached_property
+    def Y64(self) -> torch.Tensor:
+        """The targets in float64."""
+        return self.Y.double()
+
+    def with_beta(self, beta: float) -> Problem:
+        """The same problem with another beta; data, gates and cached matrices are shared."""
+        other = copy.copy(self)
+        other.beta = check_positive(beta, "beta")
+        return other
+
+    @cached_property
+    def beta_max(self) -> float:
+        """The beta from which on Z = 0 is optimal: the dual norm of the gradient at Z = 0.
+
+        Computed as a rigorous upper bound, so that Z = 0 is certainly optimal at ``beta_max``.
+        """
+        op = self.operator.double()
+        predictions = torch.zeros_like(self.Y64)
+        if self.output_bias:
+            predictions = predictions + self.loss.best_intercept(predictions, self.Y64, self.weights)
+        nu = self.dual_candidate(predictions)
+        _, upper = self.norm.dual(op.adjoint(nu), op.adjoint_rounding(nu))
+        return float(upper.max())
+
+    def dual_candidate(self, predictions: torch.Tensor) -> torch.Tensor:
+        """The loss gradient at float64 predictions, made feasible for the unpenalised intercept."""
+        nu = self.loss.gradient(predictions, self.Y64, self.weights)
+        return self.loss.center_dual(nu, self.Y64, self.weights) if self.output_bias else nu
+
+    def best_intercept(self, predictions: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        """The intercept that minimises the loss for float64 predictions A(Z); zeros without output bias."""
+        if not self.output_bias:
+            return predictions.new_zeros(predictions.shape[1])
+        return self.loss.best_intercept(predictions, self.Y64, self.weights, start=start)
+
+    def objective(self, Z: torch.Tensor, intercept: torch.Tensor | None = None) -> float:
+        """F(A(Z) + 1 b^T) + beta * Omega(Z) in float64; the best b where none is given."""
+        Z = torch.as_tensor(Z).to(self.device, torch.float64)
+        predictions = self.operator.double().apply(Z)
+        if intercept is None:
+            intercept = self.best_intercept(predictions)
+        value = self.loss.value(predictions + intercept.double(), self.Y64, self.weights)
+        return float(value + self.beta * self.norm.value(Z)[1].sum())
+
+
+def _choose_gates(
+    X: np.ndarray,
+    gates: Any,
+    n_gates: int,
+    hidden_bias: bool,
+    gate_sampling: str,
+    gate_quantile: float | None,
+    max_cells: int | None,
+    random_state: Any,
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Gate vectors, their patterns on X, and the scope that they give."""
+    if isinstance(gates, str):
+        check_choice(gates, "gates", ("enumerate",))
+        found = enumerate_gates(X) if max_cells is None else enumerate_gates(X, max_cells=max_cells)
+        scope = "all_gates"
+    elif gates is not None:
+        found = as_matrix(gates, "gates")
+        if len(found) != X.shape[1]:
+            extra = " (the last for the hidden bias)" if hidden_bias else ""
+            raise InvalidInputError(f"gates has {len(found)} rows; {X.shape[1]}{extra}, one per feature, are wanted")
+        return found, activation_patterns(X, found), "given_gates"
+    else:
+        check_integer(n_gates, "n_gates")
+        check_choice(gate_sampling, "gate_sampling", GATE_SAMPLING)
+        found = sample_gates(
+            X,
+            n_gates,
+            method=gate_sampling,
+            quantile=gate_quantile,
+            bias_column=hidden_bias,
+            random_state=random_state,
+        )
+        scope = "sampled_gates"
+    bits = activation_patterns(X, found)
+    kept = deduplicate_gates(bits)
+    if len(kept) == 0:
+        raise InvalidInputError(f"none of the {found.shape[1]} gates is active on any sample; draw more gates")
+    return np.ascontiguousarray(found[:, kept]), np.ascontiguousarray(bits[:, kept]), scope
+
+
+def mlp_problem(
+    X: Any,
+    Y: Any,
+    *,
+    activation: str = "gated_relu",
+    gates: Any = None,
+    n_gates: int = 100,
+    beta: float = 1e-2,
+    loss: str | Loss = "squared",
+    reduction: str = "mean",
+    hidden_bias: bool = False,
+    output_bias: bool = False,
+    norms: tuple[str, str] = ("l2", "l2"),
+    sample_weight: Any = None,
+    gate_sampling: str = "gaussian",
+    gate_quantile: float | None = None,
+    max_cells: int | None = None,
+    random_state: Any = 0,
+    dtype: Any = "float64",
+    device: Any = "cpu",
+) -> Problem:
+    """The training problem of a two-layer perceptron in convex form (equations (2) and (5)).
+
+    Parameters
+    ----------
+    X : array-like of shape (n, d)
+        Data, NumPy or torch (or a data frame of numbers).
+    Y : array-like of shape (n,) or (n, c)
+        1-D integers or strings are class labels (one-hot, one column per class); 1-D floats are one
+        regression output; 2-D is taken as it is.
+    activation : {"linear", "gated_relu"}
+        "linear" has one block and no gates.
+    gates : array-like of shape (d, P), "enumerate" or None
+        Gate vectors, kept in order and number; "enumerate" takes one for every open cell of the
+        arrangement (small rank only); None draws `n_gates`. With `hidden_bias` a gate has d + 1 entries.
+    n_gates : int
+        Number of draws; equal patterns are merged and patterns without an active sample dropped.
+    beta : float
+        Regularisation, never rescaled: beta for "mean" is beta for "sum" divided by n.
+    loss : {"squared", "cross_entropy", "huber", "logistic"} or Loss
+        "squared" is 1/2 ||.||^2.
+    reduction : {"mean", "sum"}
+        "sum" adds the losses of samples and outputs, "mean" divides that by n (never by c).
+    hidden_bias : bool
+        Append a column of ones to X, seen by the gates and penalised.
+    output_bias : bool
+        An intercept per output, unpenalised and minimised out.
+    norms : pair of {"l1", "l2", "linf"}
+        Norm of the columns of the left factor, and of the right factor (Lemma 3.1).
+    sample_weight : array-like of shape (n,), optional
+        Non-negative weights; with "mean" the losses are divided by their sum.
+    gate_sampling : {"gaussian", "differences", "whitened"}
+        How gates are drawn: normal vectors, differences of pairs of samples, or whitened samples.
+    gate_quantile : float in (0, 1), optional
+        Threshold of drawn gates: each is active on a fraction 1 - quantile of the samples; needs
+        `hidden_bias`.
+    max_cells : int, optional
+        Limit of "enumerate"; more cells are refused.
+    random_state : int, RandomState or None
+    dtype : {"float64", "float32"}
+        Working type of the solvers. The data are rounded to it once; certificates are computed in
+        float64 for exactly the rounded data.
+    device : str
+        "cpu", "cuda" or "auto".
+
+    Returns
+    -------
+    Problem
+
+    Raises
+    ------
+    InvalidInputError
+        Wrong shapes or values, NaN or infinities, only one class.
+    UnsupportedError
+        Too many cells to enumerate, or an activation that is not available.
+
+    Examples
+    --------
+    >>> import cvxnn
+    >>> from sklearn.datasets import load_wine
+    >>> X, y = load_wine(return_X_y=True)
+    >>> problem = cvxnn.mlp_problem((X - X.mean(0)) / X.std(0), y, n_gates=20, beta=1e-2)
+    >>> cvxnn.solve(problem, tol=1e-4).status
+    'certified'
+    """
+    if activation == "relu":
+        raise UnsupportedError(
+            "activation is 'relu', which this version cannot train; 'linear' or 'gated_relu' is wanted"
+        )
+    check_choice(activation, "activation", ("linear", "gated_relu"))
+    check_choice(reduction, "reduction", ("mean", "sum"))
+    beta = check_positive(beta, "beta")
+    loss_object, norm = get_loss(loss), get_norm(norms)
+    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+
+    data = as_matrix(X, "X")
+    targets, classes = encode_targets(Y, len(data))
+    sample_weights = check_sample_weight(sample_weight, len(data))
+    if hidden_bias:
+        data = np.hstack([data, np.ones((len(data), 1))])
+    tensor = torch.from_numpy(data).to(torch_dtype)
+    Y_tensor = torch.from_numpy(targets).to(torch_dtype)
+    if not (torch.isfinite(tensor).all() and torch.isfinite(Y_tensor).all()):
+        raise InvalidInputError("X or Y overflows in float32; use dtype='float64' or rescale the data")
+    loss_object.check_targets(Y_tensor)
+
+    gate_vectors = pattern_tensor = None
+    scope = "linear_network"
+    if activation == "gated_relu":
+        gate_vectors, bits, scope = _choose_gates(
+            tensor.double().numpy(),
+            gates,
+            n_gates,
+            hidden_bias,
+            gate_sampling,
+            gate_quantile,
+            max_cells,
+            random_state,
+        )
+        pattern_tensor = torch.from_numpy(bits).to(torch_device)
+    elif gates is not None:
+        raise InvalidInputError("gates are given but activation is 'linear', which has none; leave gates=None")
+
+    total = sample_weights.sum() if reduction == "mean" else 1.0
+    operator = MLPOperator(tensor.to(torch_device), targets.shape[1], gate_vectors, pattern_tensor)
+    return Problem(
+        operator,
+        Y_tensor.to(torch_device),
+        loss=loss_object,
+        norm=norm,
+        beta=beta,
+        weights=torch.from_numpy(sample_weights / total).to(torch_device),
+        reduction=reduction,
+        scope=scope,
+        output_bias=bool(output_bias),
+        hidden_bias=bool(hidden_bias),
+        classes=classes,
+    )

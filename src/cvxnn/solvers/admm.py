@@ -1,0 +1,230 @@
+"""ADMM with a kernel (math section 5): the ill-conditioning of A is solved away by one factorisation."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from cvxnn.problem import Problem
+from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.ridge import FeatureRidge, cheaper_side, make_ridge
+from cvxnn.validation import check_choice, check_positive
+
+__all__ = ["Admm", "factor_bytes"]
+
+
+@dataclass(frozen=True)
+class AdmmOptions:
+    """Options of ``admm``.
+
+    Attributes
+    ----------
+    relaxation : float
+        Over-relaxation, in (0, 2).
+    rho : float or None
+        First penalty of Z = W; None estimates it.
+    adapt : bool
+        Balance the primal and dual residuals by changing the penalties.
+    side : {"auto", "samples", "features"}
+        Factor the n x n kernel or the (P p) x (P p) Gram matrix; "auto" counts operations.
+    """
+
+    relaxation: float = 1.7
+    rho: float | None = None
+    adapt: bool = True
+    side: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive(self.rho, "rho", allow_none=True)
+        check_choice(self.side, "side", ("auto", "samples", "features"))
+        check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
+
+
+def factor_bytes(problem: Problem, side: str | None = None) -> int:
+    """Memory of the two square matrices that ADMM holds on the given side (default: the cheaper)."""
+    op = problem.operator
+    side = side or cheaper_side(op, problem.loss.name == "squared")
+    order = op.n_samples if side == "samples" else op.n_features
+    return 2 * order**2 * problem.Y.element_size()
+
+
+def available_bytes() -> int:
+    """Memory of this machine that is free, where the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**34
+
+
+class Admm(Solver):
+    """Splitting Z = W (and T = A(Z) + 1 b^T for losses other than the squared one).
+
+    Squared loss: the quadratic step contains the loss and T is not needed. Any other loss: T carries the
+    loss through its prox. The dual candidate is -lambda (squared), or sigma S, a gradient of the loss and
+    so always in the domain of its conjugate.
+    """
+
+    name = "admm"
+    Options = AdmmOptions
+    default_max_iter: ClassVar[int] = 50_000
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        if not problem.norm.has_prox:
+            return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
+        needed = factor_bytes(problem)
+        if problem.device.type == "cpu" and needed > 0.8 * available_bytes():
+            return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'fista'"
+        return None
+
+    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
+        super().__init__(problem, options, tol, time_limit)
+        self.op = problem.operator
+        self.squared = problem.loss.name == "squared"
+        self.weights = problem.weights.to(problem.dtype)
+
+    def start(self, point: Iterate | None) -> None:
+        problem = self.problem
+        side = self.options.side
+        if side == "auto":
+            side = cheaper_side(self.op, self.squared)
+        # The curvature of the loss is the natural scale of the penalty on T = A(Z).
+        self.sigma = float(self.weights.max()) * problem.loss.smoothness
+        step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
+        self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias)
+        self.iteration, self.next_adaptation = 0, 5
+        self.W = problem.Y.new_zeros(self.op.block_shape)
+        self.U = torch.zeros_like(self.W)
+        self.T = torch.zeros_like(problem.Y)
+        self.S = torch.zeros_like(problem.Y)
+        self.residual: torch.Tensor | None = None
+        self.rho = self.options.rho or self._estimate_rho(point)
+        self.ridge.factor(self.rho)
+        if point is not None:
+            self._warm_start(point)
+
+    def _warm_start(self, point: Iterate) -> None:
+        self.W = point.Z.to(self.W)
+        outputs = self.op.double().apply(point.Z.double())
+        intercept = self.problem.best_intercept(outputs) if point.intercept is None else point.intercept.double()
+        predictions = outputs + intercept
+        dual = self.problem.dual_candidate(predictions) if point.dual is None else point.dual.double()
+        blocks = self.op.double().adjoint(dual)
+        # A dual point of another beta is scaled to fit this one.
+        size = float(self.problem.norm.dual_estimate(blocks).max())
+        shrink = min(1.0, self.problem.beta / size) if size > 0 else 1.0
+        self.U = (blocks * (-shrink / self.rho)).to(self.W)
+        self.T, self.S = predictions.to(self.T), (dual * (shrink / self.sigma)).to(self.S)
+
+    def _estimate_rho(self, point: Iterate | None) -> float:
+        """beta sqrt(P) / ||Z||, with Z of a lightly regularised least-squares fit (or the warm start)."""
+        norm = 0.0
+        if point is not None:
+            norm = float(torch.linalg.vector_norm(point.Z))
+        if norm == 0:
+            scale = self.ridge.kernel_scale * float(self.weights.mean())
+            self.ridge.factor(1e-3 * scale if scale > 0 else 1.0)
+            fit = self.ridge.solve(self.W, self._target(), want_residual=False)
+            norm = float(torch.linalg.vector_norm(fit.Z))
+        if not (norm > 0 and math.isfinite(norm)):
+            return self.problem.beta
+        return self.problem.beta * math.sqrt(self.problem.n_gates) / norm
+
+    def _target(self) -> torch.Tensor:
+        return self.problem.Y
+
+    def step(self) -> None:
+        self.iteration += 1
+        if self.squared:
+            self._squared_step()
+        else:
+            self._general_step()
+        if self.options.adapt and self.iteration >= self.next_adaptation:
+            self.next_adaptation = int(1.5 * self.iteration) + 5
+            self._adapt()
+
+    def _shrink(self, Z: torch.Tensor) -> None:
+        """The prox of the norm and the update of its multiplier."""
+        a = self.options.relaxation
+        self._last_Z, self._last_W = Z, self.W
+        moved = torch.lerp(self.W, Z, a) + self.U
+        self.W, _ = self.problem.norm.prox(moved, self.problem.beta / self.rho)
+        self.U = moved - self.W
+
+    def _squared_step(self) -> None:
+        solution = self.ridge.solve(self.W - self.U, self.problem.Y, want_residual=False)
+        self.residual = solution.residual
+        self._shrink(solution.Z)
+
+    def _general_step(self) -> None:
+        target = self.T - self.S
+        solution = self.ridge.solve(self.W - self.U, target)
+        assert solution.residual is not None
+        predictions = target - solution.residual / self.sigma
+        moved = torch.lerp(self.T, predictions, self.options.relaxation) + self.S
+        self._last_predictions, self._last_T = predictions, self.T
+        self.T = self.problem.loss.prox(moved, self.problem.Y, self.weights, self.sigma)
+        self.S = moved - self.T
+        self._shrink(solution.Z)
+
+    def _adapt(self) -> None:
+        """Change penalties whose primal and dual residuals are far apart."""
+        rho_factor = _balance(self._last_Z, self.W, self._last_W, self.U)
+        sigma_factor = 1.0
+        if not self.squared:
+            sigma_factor = _balance(self._last_predictions, self.T, self._last_T, self.S)
+        if rho_factor == 1.0 and sigma_factor == 1.0:
+            return
+        self.rho *= rho_factor
+        self.U = self.U / rho_factor
+        if sigma_factor != 1.0:
+            self.sigma *= sigma_factor
+            self.S = self.S / sigma_factor
+        self._refactor(sigma_factor != 1.0)
+
+    def _refactor(self, sigma_changed: bool) -> None:
+        if sigma_changed:
+            self.ridge.set_weights(torch.full_like(self.weights, self.sigma))
+        self.ridge.factor(self.rho)
+
+    def iterate(self) -> Iterate:
+        if not self.squared:
+            return Iterate(self.W, dual=self.sigma * self.S)
+        if self.residual is None and isinstance(self.ridge, FeatureRidge):
+            self.residual = self.ridge.residual(self._last_Z, self.problem.Y)
+        return Iterate(self.W, dual=None if self.residual is None else -self.residual)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "W": self.W,
+            "U": self.U,
+            "T": self.T,
+            "S": self.S,
+            "rho": self.rho,
+            "sigma": self.sigma,
+            "iteration": self.iteration,
+            "next_adaptation": self.next_adaptation,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._refactor(not self.squared)
+
+
+def _balance(Z: torch.Tensor, W: torch.Tensor, last_W: torch.Tensor, U: torch.Tensor) -> float:
+    """Factor for a penalty from its relative primal and dual residuals; 1 where they are balanced."""
+    norm = torch.linalg.vector_norm
+    size = max(float(norm(Z)), float(norm(W)))
+    multiplier = float(norm(U))
+    if size == 0 or multiplier == 0:
+        return 1.0
+    primal, dual = float(norm(Z - W)) / size, float(norm(W - last_W)) / multiplier
+    if primal == 0 or dual == 0:
+        return 1.0
+    ratio = primal / dual
+    return 1.0 if 0.5 <= ratio <= 2 else min(max(ratio**0.6, 0.1), 10.0)

@@ -1,0 +1,198 @@
+"""`solve` and `path`: choose a solver, check the request, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.problem import Problem
+from cvxnn.solvers.admm import Admm
+from cvxnn.solvers.base import Iterate, Solver, make_options
+from cvxnn.solvers.driver import Callback, run
+from cvxnn.solvers.fista import Fista
+from cvxnn.solvers.frank_wolfe import FrankWolfe
+from cvxnn.solvers.interior_point import InteriorPoint
+from cvxnn.solvers.result import Result
+from cvxnn.validation import check_integer, check_positive
+
+__all__ = ["SOLVERS", "choose_solver", "path", "solve"]
+
+SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Admm, Fista, FrankWolfe, InteriorPoint)}
+
+
+def choose_solver(problem: Problem) -> str:
+    """What ``solver="auto"`` takes.
+
+    "admm" wherever its factorisation fits in memory, "fista" where it does not, and "frank_wolfe" for
+    norms without a prox.
+    """
+    for name in ("admm", "fista", "frank_wolfe"):
+        if SOLVERS[name].unsupported(problem) is None:
+            return name
+    raise UnsupportedError(f"no solver can serve {problem!r}")
+
+
+def solve(
+    problem: Problem,
+    solver: str = "auto",
+    *,
+    rank: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int | None = None,
+    time_limit: float | None = None,
+    random_state: Any = None,
+    init: Any = None,
+    solver_options: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    verbose: int = 0,
+) -> Result:
+    """Solve a problem to a certified relative duality gap.
+
+    Parameters
+    ----------
+    problem : Problem
+    solver : {"auto", "admm", "fista", "frank_wolfe", "interior_point"}
+        "auto" takes ADMM where its factorisation fits in memory, otherwise FISTA; Frank-Wolfe for norms
+        without a prox.
+    rank : int, optional
+        Rank of a Burer-Monteiro factorisation; the convex solvers take None only.
+    tol : float
+        Relative duality gap at which the run ends as "certified".
+    max_iter : int, optional
+        Limit of iterations; a default per solver.
+    time_limit : float, optional
+        Limit in seconds.
+    random_state : int, RandomState or None
+        Unused by the convex solvers, which are deterministic.
+    init : Result, array-like (P, p, q) or pair (U, V), optional
+        Warm start.
+    solver_options : dict, optional
+        Options of the solver; an unknown name is an error.
+    checkpoint : path, optional
+        File to which the state is written every 30 seconds and at the end.
+    resume : bool
+        Go on from `checkpoint` where it exists.
+    callbacks : sequence of callables
+        Each is called with the newest entry of the trace; a true return value ends the run as
+        "interrupted".
+    verbose : {0, 1, 2}
+        Silent, a progress bar, or a line per certificate (on standard error).
+
+    Returns
+    -------
+    Result
+        Ctrl-C ends a run with the best point so far and status "interrupted".
+
+    Raises
+    ------
+    InvalidInputError
+        Unknown names or wrong values.
+    UnsupportedError
+        The solver cannot serve the problem; the message says what it lacks.
+    """
+    if not isinstance(problem, Problem):
+        raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
+    tol = check_positive(tol, "tol", allow_zero=True)
+    check_integer(max_iter, "max_iter", allow_none=True)
+    check_positive(time_limit, "time_limit", allow_none=True)
+    name = choose_solver(problem) if solver == "auto" else solver
+    if not isinstance(name, str) or name not in SOLVERS:
+        known = ", ".join(["auto", *SOLVERS])
+        raise InvalidInputError(f"solver is {solver!r}; one of {known} is wanted")
+    if rank is not None:
+        raise UnsupportedError(f"rank={rank!r} is for Burer-Monteiro solvers; {name!r} takes rank=None")
+    kind = SOLVERS[name]
+    options = make_options(kind, solver_options)
+    lacking = kind.unsupported(problem)
+    if lacking is not None:
+        raise UnsupportedError(f"solver {name!r} cannot serve this problem: {lacking}")
+    if resume and checkpoint is None:
+        raise InvalidInputError("resume=True needs the path of a checkpoint")
+    return run(
+        kind(problem, options, tol, time_limit),
+        max_iter=kind.default_max_iter if max_iter is None else max_iter,
+        time_limit=time_limit,
+        init=_as_iterate(problem, init),
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+
+
+def _as_iterate(problem: Problem, init: Any) -> Iterate | None:
+    """A warm start in the working type."""
+    if init is None:
+        return None
+    intercept = dual = None
+    if isinstance(init, Result):
+        blocks: Any = init.Z
+        if init.problem.Y.shape == problem.Y.shape:
+            dual = init.dual
+    elif isinstance(init, tuple):
+        U, V = (torch.as_tensor(part) for part in init)
+        blocks = U @ V.mT
+    else:
+        blocks = init
+    try:
+        Z = torch.as_tensor(blocks).detach().to(problem.device, problem.dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"init cannot be read as blocks or factors: {error}") from error
+    if tuple(Z.shape) != problem.operator.block_shape:
+        raise InvalidInputError(f"init has shape {tuple(Z.shape)}; {problem.operator.block_shape} is wanted")
+    if not bool(torch.isfinite(Z).all()):
+        raise InvalidInputError("init contains NaN or infinity; finite numbers are wanted")
+    return Iterate(Z, intercept, dual)
+
+
+def path(
+    problem: Problem,
+    betas: Iterable[float] | None = None,
+    *,
+    n_betas: int = 20,
+    ratio: float = 1e-3,
+    **options: Any,
+) -> list[Result]:
+    """Solutions for a sequence of betas, each started from the last.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its own beta is not used.
+    betas : sequence of float, optional
+        Solved from the largest down; by default `n_betas` values, evenly spaced in the logarithm, from
+        ``problem.beta_max`` to `ratio` times it.
+    n_betas : int
+    ratio : float
+    **options
+        Passed on to :func:`solve`.
+
+    Returns
+    -------
+    list of Result
+        In decreasing order of beta; ``result.problem.beta`` is the value.
+    """
+    if betas is None:
+        check_integer(n_betas, "n_betas")
+        if not 0 < check_positive(ratio, "ratio") < 1:
+            raise InvalidInputError(f"ratio is {ratio!r}; a number between 0 and 1 is wanted")
+        if problem.beta_max <= 0:
+            raise InvalidInputError("beta_max is 0: Z = 0 is optimal for every beta; give betas")
+        values = np.geomspace(problem.beta_max, ratio * problem.beta_max, n_betas)
+    else:
+        values = np.array([check_positive(beta, "betas") for beta in betas])
+        if len(values) == 0:
+            raise InvalidInputError("betas is empty; at least one value is wanted")
+    results: list[Result] = []
+    start = options.pop("init", None)
+    for beta in np.sort(values)[::-1]:
+        results.append(solve(problem.with_beta(float(beta)), init=start, **options))
+        start = results[-1]
+    return results

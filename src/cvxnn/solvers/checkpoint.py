@@ -1,0 +1,119 @@
+"""State of a run on disk, from which it goes on to the same result."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvxnn.errors import StorageError
+from cvxnn.files import read_tensors, write_tensors
+from cvxnn.problem import Problem
+from cvxnn.solvers.base import Solver
+
+__all__ = ["INTERVAL", "Checkpoint", "Saved"]
+
+#: Seconds between two checkpoints of a run.
+INTERVAL = 30.0
+
+
+@dataclass
+class Saved:
+    """What a checkpoint holds."""
+
+    iteration: int
+    seconds: float
+    trace: list[dict[str, Any]]
+    Z: torch.Tensor
+    intercept: torch.Tensor
+    dual: torch.Tensor | None
+    solver_state: dict[str, Any]
+
+
+def fingerprint(problem: Problem, solver: Solver) -> str:
+    """Hash of everything that determines a run: data, gates, loss, norm, beta, solver and its options."""
+    op = problem.operator
+    digest = hashlib.sha256()
+    facts = [op.describe(), problem.loss, problem.norm.name, problem.beta, problem.output_bias]
+    facts += [solver.name, asdict(solver.options), str(problem.dtype)]
+    digest.update(repr(facts).encode())
+    for tensor in (problem.Y, problem.weights, *op.data_tensors()):
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+    if op.gates is not None:
+        digest.update(np.ascontiguousarray(op.gates).data)
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """Writes and reads the checkpoint file of one run."""
+
+    def __init__(self, path: str | Path, problem: Problem, solver: Solver) -> None:
+        self.path = Path(path)
+        self.problem = problem
+        self.solver = solver
+        self.fingerprint = fingerprint(problem, solver)
+        self._last = time.monotonic()
+        if not self.path.parent.is_dir():
+            raise StorageError(f"cannot write {self.path}: its folder does not exist")
+
+    def save_if_due(self, iteration: int, seconds: float, best: Any) -> None:
+        """Write when the interval has passed."""
+        if time.monotonic() - self._last >= INTERVAL:
+            self.save(iteration, seconds, best)
+
+    def save(self, iteration: int, seconds: float, best: Any) -> None:
+        """Write the best point and the state of the solver in one step."""
+        state = self.solver.state()
+        numbers = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        arrays = {f"state.{k}": v.cpu().numpy() for k, v in state.items() if isinstance(v, torch.Tensor)}
+        for name in ("Z", "intercept", "dual"):
+            value = getattr(best, name)
+            if value is not None:
+                arrays[name] = value.cpu().numpy()
+        finite = [{k: (None if v in (np.inf, -np.inf) else v) for k, v in e.items()} for e in best.trace]
+        header = {
+            "fingerprint": self.fingerprint,
+            "iteration": iteration,
+            "seconds": seconds,
+            "trace": finite,
+            "state": numbers,
+        }
+        write_tensors(self.path, "checkpoint", header, arrays)
+        self._last = time.monotonic()
+
+    def load(self) -> Saved | None:
+        """Read the file; None where there is none yet.
+
+        Raises
+        ------
+        StorageError
+            The file is damaged, or belongs to another problem, solver or set of options.
+        """
+        if not self.path.exists():
+            return None
+        header, arrays = read_tensors(self.path, "checkpoint")
+        if header["fingerprint"] != self.fingerprint:
+            raise StorageError(
+                f"{self.path} is the checkpoint of another run (other data, beta, solver or options); "
+                "give another file, or resume=False to overwrite it"
+            )
+        device = self.problem.device
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        prefix = "state."
+        state = dict(header["state"])
+        state.update({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        trace = [{k: (np.inf if v is None else v) for k, v in e.items()} for e in header["trace"]]
+        return Saved(
+            iteration=header["iteration"],
+            seconds=header["seconds"],
+            trace=trace,
+            Z=tensors["Z"],
+            intercept=tensors["intercept"],
+            dual=tensors.get("dual"),
+            solver_state=state,
+        )

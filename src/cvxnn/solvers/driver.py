@@ -1,0 +1,176 @@
+"""The one loop around every solver: budget, trace, callbacks, progress, checkpoints, Ctrl-C, certificate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvxnn.certificates import certify, dual_bound, evaluate, relative_gap
+from cvxnn.errors import InvalidInputError
+from cvxnn.problem import Problem
+from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.checkpoint import Checkpoint
+from cvxnn.solvers.progress import Progress
+from cvxnn.solvers.result import Result
+
+__all__ = ["Callback", "run"]
+
+#: Called with the newest entry of the trace; a true return value stops the run.
+Callback = Callable[[dict[str, Any]], Any]
+
+
+@dataclass
+class _Best:
+    """The best point and the best dual bound so far; both are of the same problem."""
+
+    primal: float = float("inf")
+    lower: float = float("-inf")
+    Z: torch.Tensor | None = None
+    intercept: torch.Tensor | None = None
+    dual: torch.Tensor | None = None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def gap(self) -> float:
+        return relative_gap(self.primal, self.lower)
+
+    def update(self, problem: Problem, point: Iterate) -> bool:
+        """Take in a point; False if it is not finite."""
+        if not bool(torch.isfinite(point.Z).all()):
+            return False
+        Z = point.Z if point.factors is None else None
+        seen = evaluate(problem, Z, factors=point.factors, intercept=point.intercept)
+        if not seen.primal < float("inf"):
+            return False
+        if seen.primal < self.primal:
+            self.primal, self.Z, self.intercept = seen.primal, point.Z.detach().clone(), seen.intercept
+            self.factors = point.factors
+        if point.dual is None:
+            nu = problem.dual_candidate(seen.predictions)
+        else:
+            nu = point.dual.double()
+            if problem.output_bias:
+                nu = problem.loss.center_dual(nu, problem.Y64, problem.weights)
+        bound = dual_bound(problem, nu, seen.magnitude).lower_bound
+        if bound > self.lower:
+            self.lower, self.dual = bound, nu
+        return True
+
+    def record(self, iteration: int, seconds: float) -> dict[str, Any]:
+        """Append the state to the trace."""
+        self.trace.append(
+            {
+                "iteration": iteration,
+                "seconds": seconds,
+                "primal": self.primal,
+                "lower_bound": self.lower,
+                "relative_gap": self.gap,
+            }
+        )
+        return self.trace[-1]
+
+
+def run(
+    solver: Solver,
+    *,
+    max_iter: int,
+    time_limit: float | None,
+    init: Iterate | None,
+    checkpoint: str | Path | None,
+    resume: bool,
+    callbacks: Sequence[Callback],
+    verbose: int,
+) -> Result:
+    """Run a solver to the tolerance or a limit, and certify exactly the point that is returned."""
+    begin = time.perf_counter()
+    problem, tol = solver.problem, solver.tol
+    best = _Best()
+    store = Checkpoint(checkpoint, problem, solver) if checkpoint is not None else None
+    iteration, spent = 0, 0.0
+
+    def elapsed() -> float:
+        return spent + time.perf_counter() - begin
+
+    status = "max_iter"
+    with Progress(solver.name, tol, verbose) as progress:
+        try:
+            zero = problem.Y.new_zeros(problem.operator.block_shape)
+            best.update(problem, init if init is not None else Iterate(zero))
+            if best.gap <= tol:
+                status = "certified"
+                best.record(0, elapsed())
+            else:
+                solver.start(init)
+                if store is not None and resume and (saved := store.load()) is not None:
+                    solver.load_state(saved.solver_state)
+                    iteration, spent, best.trace = saved.iteration, saved.seconds, saved.trace
+                    best.update(problem, Iterate(saved.Z, saved.intercept, saved.dual))
+                next_check = _next_check(iteration, solver.check_every)
+                while True:
+                    if iteration >= max_iter:
+                        break
+                    solver.step()
+                    iteration += 1
+                    out_of_time = time_limit is not None and elapsed() >= time_limit
+                    last = out_of_time or solver.finished or iteration >= max_iter
+                    if iteration < next_check and not last:
+                        continue
+                    next_check = _next_check(iteration, solver.check_every)
+                    finite = best.update(problem, solver.iterate())
+                    entry = best.record(iteration, elapsed())
+                    progress.update(entry)
+                    stop = [callback(entry) for callback in callbacks]
+                    if best.gap <= tol:
+                        status = "certified"
+                    elif not finite:
+                        status = "diverged"
+                    elif any(stop):
+                        status = "interrupted"
+                    elif out_of_time:
+                        status = "time_limit"
+                    elif solver.finished:
+                        status = "stationary"
+                    elif iteration < max_iter:
+                        if store is not None:
+                            store.save_if_due(iteration, elapsed(), best)
+                        continue
+                    break
+        except KeyboardInterrupt:
+            status = "interrupted"
+            if best.Z is None:
+                best.update(problem, Iterate(problem.Y.new_zeros(problem.operator.block_shape)))
+        if store is not None and iteration > 0:
+            store.save(iteration, elapsed(), best)
+
+    if best.Z is None or best.intercept is None:
+        raise InvalidInputError(
+            "the objective is not finite even at Z = 0; rescale X and Y (their values are too large)"
+        )
+    Z = best.Z if best.factors is None else None
+    certificate = certify(problem, Z, factors=best.factors, intercept=best.intercept, dual=best.dual)
+    if status != "certified" and certificate.relative_gap <= tol:
+        status = "certified"
+    return Result(
+        problem=problem,
+        solver=solver.name,
+        status=status,
+        n_iter=iteration,
+        seconds=elapsed(),
+        certificate=certificate,
+        Z=best.Z,
+        factors=best.factors,
+        intercept=best.intercept,
+        dual=best.dual,
+        trace=best.trace,
+    )
+
+
+def _next_check(iteration: int, every: int) -> int:
+    """Every few iterations, and in long runs every five percent of them."""
+    return iteration + max(every, iteration // 20)

@@ -1,0 +1,128 @@
+"""Accelerated proximal gradient with backtracking and adaptive restarts (Beck, Teboulle 2009)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from cvxnn.problem import Problem
+from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.validation import check_positive
+
+__all__ = ["Fista"]
+
+
+@dataclass(frozen=True)
+class FistaOptions:
+    """Options of ``fista``.
+
+    Attributes
+    ----------
+    restart : bool
+        Drop the momentum where it points uphill (O'Donoghue, Candes 2015).
+    step_growth : float
+        The step may grow by this factor per iteration before backtracking shortens it; at least 1.
+    """
+
+    restart: bool = True
+    step_growth: float = 1.05
+
+    def __post_init__(self) -> None:
+        check_positive(self.step_growth - 1, "step_growth - 1", allow_zero=True)
+
+
+class Fista(Solver):
+    """Proximal gradient on Z; an intercept is minimised out at every point."""
+
+    name = "fista"
+    Options = FistaOptions
+    default_max_iter: ClassVar[int] = 100_000
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        if not problem.norm.has_prox:
+            return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
+        return None
+
+    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
+        super().__init__(problem, options, tol, time_limit)
+        self.op = problem.operator
+        self.weights = problem.weights.to(problem.dtype)
+
+    def start(self, point: Iterate | None) -> None:
+        problem = self.problem
+        self.Z = problem.Y.new_zeros(self.op.block_shape) if point is None else point.Z.to(problem.Y).clone()
+        self.outputs = self.op.apply(self.Z)
+        self.moved_Z, self.moved_outputs = self.Z, self.outputs
+        self.momentum = 1.0
+        self.intercept: torch.Tensor | None = None
+        # A short power iteration underestimates the Lipschitz constant; backtracking corrects it.
+        self.lipschitz = self._largest_eigenvalue() * problem.loss.smoothness * float(self.weights.max())
+        if not self.lipschitz > 0:
+            self.lipschitz = 1.0
+
+    def _largest_eigenvalue(self) -> float:
+        generator = torch.Generator().manual_seed(0)
+        L = torch.randn(self.problem.Y.shape, generator=generator, dtype=torch.float64).to(self.problem.Y)
+        value = 0.0
+        for _ in range(5):
+            L = L / torch.linalg.vector_norm(L).clamp_min(torch.finfo(L.dtype).tiny)
+            L = self.op.apply(self.op.adjoint(L))
+            value = float(torch.linalg.vector_norm(L))
+        return value
+
+    def _smooth(self, outputs: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Loss with the best intercept, and the predictions that it gives."""
+        if self.problem.output_bias:
+            start = self.intercept
+            self.intercept = self.problem.loss.best_intercept(outputs, self.problem.Y, self.weights, start=start)
+            outputs = outputs + self.intercept
+        return float(self.problem.loss.value(outputs, self.problem.Y, self.weights)), outputs
+
+    def step(self) -> None:
+        problem = self.problem
+        value, predictions = self._smooth(self.moved_outputs)
+        gradient = self.op.adjoint(problem.loss.gradient(predictions, problem.Y, self.weights))
+        self.lipschitz /= self.options.step_growth
+        rounding = 10 * torch.finfo(problem.dtype).eps * abs(value)
+        for _ in range(60):
+            Z, _ = problem.norm.prox(self.moved_Z - gradient / self.lipschitz, problem.beta / self.lipschitz)
+            difference = Z - self.moved_Z
+            outputs = self.op.apply(Z)
+            model = value + float((gradient * difference).sum())
+            model += self.lipschitz / 2 * float(difference.square().sum())
+            if self._smooth(outputs)[0] <= model + rounding:
+                break
+            self.lipschitz *= 2
+        self._accelerate(Z, outputs)
+
+    def _accelerate(self, Z: torch.Tensor, outputs: torch.Tensor) -> None:
+        uphill = self.options.restart and float(((self.moved_Z - Z) * (Z - self.Z)).sum()) > 0
+        previous = 1.0 if uphill else self.momentum
+        self.momentum = (1 + math.sqrt(1 + 4 * previous**2)) / 2
+        weight = 0.0 if uphill else (previous - 1) / self.momentum
+        self.moved_Z = Z + weight * (Z - self.Z)
+        self.moved_outputs = outputs + weight * (outputs - self.outputs)
+        self.Z, self.outputs = Z, outputs
+
+    def iterate(self) -> Iterate:
+        return Iterate(self.Z)
+
+    def state(self) -> dict[str, Any]:
+        intercept = {} if self.intercept is None else {"intercept": self.intercept}
+        return {
+            **intercept,
+            "Z": self.Z,
+            "outputs": self.outputs,
+            "moved_Z": self.moved_Z,
+            "moved_outputs": self.moved_outputs,
+            "momentum": self.momentum,
+            "lipschitz": self.lipschitz,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

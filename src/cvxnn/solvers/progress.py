@@ -1,0 +1,59 @@
+"""A progress bar on standard error: how far the gap has come, on a logarithmic scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Shows nothing (verbose 0), a bar (1), or a line per certificate (2)."""
+
+    def __init__(self, name: str, tol: float, verbose: int) -> None:
+        self.name = name
+        self.tol = max(tol, 1e-12)
+        self.verbose = int(verbose)
+        self._console = Console(stderr=True)
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        if self.verbose == 1:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("iteration {task.fields[iteration]}  relative gap {task.fields[gap]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=1.0, iteration=0, gap="-")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, entry: dict[str, Any]) -> None:
+        """Show the newest entry of the trace."""
+        gap = entry["relative_gap"]
+        if self._bar is not None:
+            start = 1.0
+            done = math.log(start / max(min(gap, start), self.tol)) / math.log(start / self.tol)
+            self._bar.update(
+                self._task,
+                completed=min(1.0, max(0.0, done)) if self.tol < 1 else 1.0,
+                iteration=entry["iteration"],
+                gap=f"{gap:.1e}",
+            )
+        elif self.verbose >= 2:
+            self._console.print(
+                f"{self.name:14s} {entry['iteration']:7d} {entry['seconds']:9.2f} s  "
+                f"primal {entry['primal']:.10g}  lower {entry['lower_bound']:.10g}  gap {gap:.2e}",
+                highlight=False,
+            )

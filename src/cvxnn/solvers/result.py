@@ -1,0 +1,74 @@
+"""What `solve` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cvxnn.certificates import Certificate
+from cvxnn.networks import TwoLayerNetwork, build_network
+from cvxnn.problem import Problem
+
+__all__ = ["Result"]
+
+
+@dataclass
+class Result:
+    """The best point found, why the solver stopped, and the certificate of exactly this point.
+
+    Attributes
+    ----------
+    problem : Problem
+    solver : str
+    status : {"certified", "stationary", "max_iter", "time_limit", "diverged", "interrupted"}
+    n_iter : int
+    seconds : float
+        Wall-clock time, set-up and certificates included.
+    trace : list of dict
+        Per certificate: iteration, seconds, primal, lower_bound, relative_gap (best so far).
+    Z : torch.Tensor of shape (P, p, q) or None
+    factors : pair of torch.Tensor or None
+        (U, V) of a Burer-Monteiro solution.
+    intercept : torch.Tensor of shape (c,)
+        The unpenalised output bias; zeros without one.
+    dual : torch.Tensor of shape (n, c)
+        The dual point that proves ``certificate.lower_bound``:
+        ``certify(problem, Z=result.Z, intercept=result.intercept, dual=result.dual)`` repeats the proof.
+    certificate : Certificate
+    """
+
+    problem: Problem
+    solver: str
+    status: str
+    n_iter: int
+    seconds: float
+    certificate: Certificate
+    Z: torch.Tensor | None
+    intercept: torch.Tensor
+    dual: torch.Tensor | None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def objective(self) -> float:
+        """The objective of the returned point, ``certificate.primal``."""
+        return self.certificate.primal
+
+    def network(self, dtype: torch.dtype | None = None) -> TwoLayerNetwork:
+        """The trained network as a module that predicts on new data.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, optional
+            Type of its weights; by default that of the problem.
+        """
+        return build_network(self.problem, self.Z, self.intercept, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(solver={self.solver!r}, status={self.status!r}, objective={self.objective:.8g}, "
+            f"relative_gap={self.certificate.relative_gap:.2e}, n_iter={self.n_iter}, "
+            f"seconds={self.seconds:.3g})"
+        )

@@ -1,0 +1,147 @@
+"""The quadratic step of ADMM, through the kernel or the Gram matrix, whichever is smaller (math section 5)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from cvxnn.operators import Operator
+
+__all__ = ["FeatureRidge", "KernelRidge", "Ridge", "RidgeSolution", "cheaper_side", "make_ridge"]
+
+
+@dataclass
+class RidgeSolution:
+    """Minimiser of the quadratic step: blocks, predictions with intercept, and a o (C - predictions)."""
+
+    Z: torch.Tensor
+    residual: torch.Tensor | None
+
+
+class Ridge(ABC):
+    """argmin over Z, b of 1/2 sum_i a_i |A(Z)_i + b - C_i|^2 + rho/2 ||Z - B||_F^2.
+
+    Parameters
+    ----------
+    operator : Operator
+    weights : torch.Tensor of shape (n,)
+        The a_i >= 0.
+    intercept : bool
+        Whether there is a b (otherwise 0).
+    """
+
+    def __init__(self, operator: Operator, weights: torch.Tensor, intercept: bool) -> None:
+        self.operator = operator
+        self.intercept = intercept
+        self.rho = 0.0
+        self.set_weights(weights)
+
+    @abstractmethod
+    def set_weights(self, weights: torch.Tensor) -> None:
+        """Change the a_i; :meth:`factor` must follow."""
+
+    @property
+    @abstractmethod
+    def kernel_scale(self) -> float:
+        """Mean of the diagonal of the kernel."""
+
+    @abstractmethod
+    def factor(self, rho: float) -> None:
+        """Factor the system for a value of rho."""
+
+    @abstractmethod
+    def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
+        """The minimiser for given B and C; the residual only where wanted or free."""
+
+
+class KernelRidge(Ridge):
+    """Through the n x n kernel: I + diag(sqrt a) K diag(sqrt a) / rho is factored."""
+
+    def __init__(self, operator: Operator, weights: torch.Tensor, intercept: bool) -> None:
+        self._kernel = operator.kernel()
+        super().__init__(operator, weights, intercept)
+
+    @property
+    def kernel_scale(self) -> float:
+        """Mean of the diagonal of the kernel."""
+        return float(self._kernel.diagonal().mean())
+
+    def set_weights(self, weights: torch.Tensor) -> None:
+        self._root = weights.sqrt().unsqueeze(1)
+
+    def factor(self, rho: float) -> None:
+        self.rho = rho
+        system = self._kernel * (self._root * self._root.T / rho)
+        system.diagonal().add_(1.0)
+        self._factor = torch.linalg.cholesky(system, out=system)
+        if self.intercept:
+            self._ones = self._root * torch.cholesky_solve(self._root, self._factor)
+            self._total = self._ones.sum()
+
+    def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
+        gap = C - self.operator.apply(B)
+        residual = self._root * torch.cholesky_solve(self._root * gap, self._factor)
+        if self.intercept:
+            residual -= self._ones * (residual.sum(0) / self._total)
+        return RidgeSolution(B + self.operator.adjoint(residual) / self.rho, residual)
+
+
+class FeatureRidge(Ridge):
+    """Through the (P p) x (P p) Gram matrix; with constant C the steps do not depend on n."""
+
+    def set_weights(self, weights: torch.Tensor) -> None:
+        self._weights = weights.unsqueeze(1)
+        self._gram = self.operator.gram(weights)
+        self._total = weights.sum()
+        if self.intercept:
+            self._mean = self._adjoint(self._weights.expand(-1, self.operator.n_outputs))[:, :1] / self._total
+            self._gram.addmm_(self._mean, self._mean.T, alpha=-float(self._total))
+        self._cached: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def kernel_scale(self) -> float:
+        # The trace of the Gram matrix is the weighted one of the kernel.
+        return float(self._gram.diagonal().sum() / self._total)
+
+    def _adjoint(self, L: torch.Tensor) -> torch.Tensor:
+        return self.operator.adjoint(L).reshape(self.operator.n_features, -1)
+
+    def factor(self, rho: float) -> None:
+        self.rho = rho
+        system = self._gram.clone()
+        system.diagonal().add_(rho)
+        self._factor = torch.linalg.cholesky(system, out=system)
+
+    def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
+        if self._cached is None or self._cached[0] is not C:
+            target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
+            self._cached = (C, self._adjoint(self._weights * target))
+        flat = self._cached[1] + self.rho * B.reshape(self.operator.n_features, -1)
+        Z = torch.cholesky_solve(flat, self._factor).view(B.shape)
+        return RidgeSolution(Z, self.residual(Z, C) if want_residual else None)
+
+    def residual(self, Z: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        """a o (C - A(Z) - 1 b^T) with the best b."""
+        gap = C - self.operator.apply(Z)
+        if self.intercept:
+            gap = gap - (self._weights * gap).sum(0) / self._total
+        return self._weights * gap
+
+
+def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
+    """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
+    n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
+    passes = 4.0 * n * features * c
+    samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
+    samples += iterations * (passes + 2.0 * n**2 * c)
+    gram = n * features**2 + features**3 / 3
+    gram += iterations * ((0.0 if constant_target else passes) + 2.0 * features**2 * c)
+    return "samples" if samples <= gram else "features"
+
+
+def make_ridge(side: str, operator: Operator, weights: torch.Tensor, intercept: bool) -> Ridge:
+    """The quadratic step on the given side."""
+    kind = KernelRidge if side == "samples" else FeatureRidge
+    return kind(operator, weights, intercept)

@@ -1,0 +1,152 @@
+"""Checks of what users pass in; each failure names the argument, what was seen and what is wanted."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvxnn.errors import InvalidInputError
+
+__all__ = [
+    "as_matrix",
+    "check_choice",
+    "check_integer",
+    "check_positive",
+    "check_sample_weight",
+    "encode_targets",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def check_positive(value: Any, name: str, *, allow_none: bool = False, allow_zero: bool = False) -> Any:
+    """Return `value` as a finite positive float."""
+    if value is None and allow_none:
+        return None
+    wanted = "a non-negative number" if allow_zero else "a positive number"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidInputError(f"{name} is {value!r}; {wanted} is wanted")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
+        raise InvalidInputError(f"{name} is {value!r}; {wanted} is wanted")
+    return number
+
+
+def check_integer(value: Any, name: str, *, minimum: int = 1, allow_none: bool = False) -> Any:
+    """Return `value` as an int of at least `minimum`."""
+    if value is None and allow_none:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
+        raise InvalidInputError(f"{name} is {value!r}; an integer of at least {minimum} is wanted")
+    return int(value)
+
+
+def check_choice(value: Any, name: str, choices: tuple[str, ...] | list[str]) -> str:
+    """Return `value` if it is one of the names in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidInputError(f"{name} is {value!r}; one of {', '.join(map(repr, choices))} is wanted")
+    return value
+
+
+def resolve_device(device: Any) -> torch.device:
+    """Turn "auto", "cpu", "cuda", ... into a torch device that exists."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInputError(f"device is {device!r}; 'auto', 'cpu' or 'cuda' is wanted") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(f"device is {device!r}, but torch sees no CUDA device; use 'cpu' or 'auto'")
+    return resolved
+
+
+def resolve_dtype(dtype: Any) -> torch.dtype:
+    """Turn "float32" or "float64" (or the torch or NumPy type) into a torch type."""
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    try:
+        name = np.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    except TypeError:
+        name = str(dtype)
+    if name not in _DTYPES:
+        raise InvalidInputError(f"dtype is {dtype!r}; 'float32' or 'float64' is wanted")
+    return _DTYPES[name]
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    if hasattr(value, "to_numpy"):
+        return np.asarray(value.to_numpy())
+    return np.asarray(value)
+
+
+def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray:
+    """Return `value` as a finite float64 matrix with at least one row and one column."""
+    try:
+        array = _to_numpy(value)
+        if array.dtype.kind == "c":
+            raise InvalidInputError(f"{name} is complex; real numbers are wanted")
+        array = array.astype(np.float64, copy=False)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(f"{name} cannot be read as a matrix of numbers: {error}") from error
+    if array.ndim != 2:
+        raise InvalidInputError(f"{name} has {array.ndim} dimension(s), shape {array.shape}; 2 are wanted")
+    if min(array.shape) == 0:
+        raise InvalidInputError(f"{name} is empty, shape {array.shape}; at least one row and column is wanted")
+    if n_rows is not None and len(array) != n_rows:
+        raise InvalidInputError(f"{name} has {len(array)} rows; {n_rows}, one per sample, are wanted")
+    if not np.isfinite(array).all():
+        kind = "NaN" if np.isnan(array).any() else "infinity"
+        raise InvalidInputError(f"{name} contains {kind}; finite numbers are wanted")
+    return np.ascontiguousarray(array)
+
+
+def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Targets as a float64 matrix, and the class labels where Y was labels.
+
+    1-D integers, booleans or strings are class labels (one-hot, a column per class in sorted order);
+    1-D floats are one regression output; 2-D is taken as it is.
+    """
+    array = _to_numpy(Y)
+    if array.ndim == 2:
+        return as_matrix(array, "Y", n_rows=n_samples), None
+    if array.ndim != 1:
+        raise InvalidInputError(f"Y has shape {array.shape}; a vector or a matrix with a row per sample is wanted")
+    if len(array) != n_samples:
+        raise InvalidInputError(f"Y has {len(array)} entries but X has {n_samples} rows; as many are wanted")
+    if array.dtype.kind == "f":
+        return as_matrix(array[:, None], "Y"), None
+    if array.dtype.kind not in "biuUSO":
+        raise InvalidInputError(f"Y has type {array.dtype}; numbers or class labels are wanted")
+    try:
+        classes, index = np.unique(array, return_inverse=True)
+    except TypeError as error:
+        raise InvalidInputError("Y mixes labels of different types; labels of one type are wanted") from error
+    if len(classes) < 2:
+        raise InvalidInputError(f"Y has only one class, {classes.tolist()}; at least two are wanted")
+    return np.eye(len(classes))[index], classes
+
+
+def check_sample_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
+    """Return the weights as a float64 vector; ones where None."""
+    if sample_weight is None:
+        return np.ones(n_samples)
+    try:
+        weights = _to_numpy(sample_weight).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"sample_weight cannot be read as numbers: {error}") from error
+    if weights.shape != (n_samples,):
+        raise InvalidInputError(f"sample_weight has shape {weights.shape}; ({n_samples},) is wanted")
+    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise InvalidInputError("sample_weight must be finite, non-negative and not all zero")
+    return weights
