@@ -4,8 +4,10 @@ from cvxnn._version import __version__
 from cvxnn.certificates import Certificate, certify
 from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
+from cvxnn.onnx_export import export_onnx
 from cvxnn.problem import Problem, mlp_problem
 from cvxnn.solvers import Result, path, solve
+from cvxnn.storage import load, save
 
 __all__ = [
     "Certificate",
@@ -17,7 +19,10 @@ __all__ = [
     "Result",
     "__version__",
     "certify",
+    "export_onnx",
+    "load",
     "mlp_problem",
     "path",
+    "save",
     "solve",
 ]

@@ -124,9 +124,12 @@ class _ConvexMLP(BaseEstimator):
 
     def _fit_targets(self, X: np.ndarray, Y: np.ndarray, sample_weight: Any) -> None:
         """Fit to a matrix of targets; samples that occur more than once are merged first."""
-        weights = check_sample_weight(sample_weight, len(X))
+        weights = self._check_weights(sample_weight, Y)
         problem = self._problem(*merge_duplicates(X, Y, weights), self.beta, self.random_state)
         self._set_result(solve(problem, **self._solver_arguments()))
+
+    def _check_weights(self, sample_weight: Any, Y: np.ndarray) -> np.ndarray:
+        return check_sample_weight(sample_weight, len(Y))
 
     def _set_result(self, result: Result) -> None:
         self.result_ = result
@@ -220,6 +223,12 @@ class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
         if len(self.classes_) < 2:
             raise InvalidInputError(f"y has only one class, {self.classes_.tolist()}; at least two classes are wanted")
         return X, np.eye(len(self.classes_))[index]
+
+    def _check_weights(self, sample_weight: Any, Y: np.ndarray) -> np.ndarray:
+        weights = super()._check_weights(sample_weight, Y)
+        if np.count_nonzero(weights @ Y) < 2:
+            raise InvalidInputError("only one class has samples of positive weight; at least two classes are wanted")
+        return weights
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Outputs of the network: (n, n_classes), or for two classes (n,), positive for the second."""

@@ -16,7 +16,7 @@ from cvxnn.errors import InvalidInputError
 from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor, _ConvexMLP
 from cvxnn.samples import merge_duplicates
 from cvxnn.solvers import path, solve
-from cvxnn.validation import check_integer, check_positive, check_sample_weight
+from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["ConvexMLPClassifierCV", "ConvexMLPRegressorCV"]
 
@@ -114,7 +114,7 @@ class _PathCV(_ConvexMLP):
         """Choose beta by cross-validation, then train on all samples."""
         data, Y = self._validate(X, y)
         labels = self.classes_[Y.argmax(axis=1)] if is_classifier(self) else (Y[:, 0] if self._single_output else Y)
-        weights = check_sample_weight(sample_weight, len(data))
+        weights = self._check_weights(sample_weight, Y)
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = int(check_random_state(seed).randint(2**31 - 1))

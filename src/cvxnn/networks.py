@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -31,6 +33,9 @@ class TwoLayerNetwork(nn.Module):
         Type of the samples in training, by default that of `hidden`. Samples are rounded to it before their
         gates are computed in float64, whatever type the module is converted to later.
     """
+
+    gates: torch.Tensor | None
+    gate_index: torch.Tensor | None
 
     def __init__(
         self,
@@ -70,11 +75,11 @@ class TwoLayerNetwork(nn.Module):
             hidden = hidden * active.to(hidden.dtype)[:, self.gate_index]
         return hidden @ self.output + self.bias
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TwoLayerNetwork:
         # Conversions of the module move the gates, but never round them.
         gates = self.gates
         super()._apply(fn, recurse)
-        if gates is not None and self.gates.dtype != gates.dtype:
+        if gates is not None and self.gates is not None:
             self.gates = gates.to(self.gates.device)
         return self
 

@@ -167,7 +167,7 @@ class Admm(Solver):
         predictions = target - solution.residual / self.sigma
         moved = torch.lerp(self.T, predictions, self.options.relaxation) + self.S
         self._last_predictions, self._last_T = predictions, self.T
-        self.T = self.problem.loss.prox(moved, self.problem.Y, self.weights, self.sigma)
+        self.T = self.problem.loss.prox(moved, self.problem.Y, self.weights, self.sigma, start=self.T)
         self.S = moved - self.T
         self._shrink(solution.Z)
 

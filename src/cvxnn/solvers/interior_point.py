@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cvxnn.certificates import evaluate
 from cvxnn.errors import CvxnnError, DependencyError, InvalidInputError
 from cvxnn.losses import CrossEntropy, Huber, Logistic, Squared
 from cvxnn.operators import Operator
@@ -59,6 +62,10 @@ class InteriorPoint(Solver):
     The loss is taken of variables T tied to A(Z) + 1 b^T by an equality; its multiplier is the dual
     candidate. Nuclear norms become semidefinite constraints, norms of rows or columns second-order cones or
     linear inequalities. A warm start is ignored.
+
+    The tolerances of the backends are absolute for objectives below 1. The first solve divides the objective
+    by its value at Z = 0; where its certificate is not good enough, a second one divides by the value that
+    the first has found, with the tightest tolerances.
     """
 
     name = "interior_point"
@@ -78,10 +85,14 @@ class InteriorPoint(Solver):
         _require_backend(options.backend)
 
     def start(self, point: Iterate | None) -> None:
+        self.begin = time.perf_counter()
         self.point = Iterate(self.problem.Y.new_zeros(self.problem.operator.block_shape))
+        self.scale = evaluate(self.problem, self.point.Z).primal
+        self.tolerance = max(_TIGHTEST, min(1e-8, 1e-6 * self.tol))
+        self.last = False
 
     def step(self) -> None:
-        """Solve the program.
+        """Solve the program, the second time with another scale.
 
         Raises
         ------
@@ -90,23 +101,27 @@ class InteriorPoint(Solver):
         InvalidInputError
             The backend refused a setting.
         """
-        program = _Program(self.problem)
+        program = _Program(self.problem, self.scale)
         self._solve(program)
-        self.finished = True
         point = program.point()
+        self.finished = self.last or point is None
         if point is not None:
             self.point = point
+            self.scale = evaluate(self.problem, point.Z).primal
+            self.tolerance, self.last = _TIGHTEST, True
 
     def _solve(self, program: _Program) -> None:
         backend = self.options.backend
-        tolerance = max(_TIGHTEST, min(1e-8, 1e-2 * self.tol))
-        settings = _settings(backend, tolerance, self.time_limit) | (self.options.settings or {})
+        left = None
+        if self.time_limit is not None:
+            left = max(1e-3, self.time_limit - (time.perf_counter() - self.begin))
+        settings = _settings(backend, self.tolerance, left) | (self.options.settings or {})
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 program.problem.solve(solver=backend.upper(), **settings)
         except TypeError as error:
-            raise InvalidInputError(f"settings: {backend} refused one of {sorted(settings)}: {error}") from error
+            raise InvalidInputError(f"settings: {backend!r} refused one of {sorted(settings)}: {error}") from error
         except Exception as error:
             raise CvxnnError(f"the interior-point backend {backend!r} failed: {error}; use solver='admm'") from error
 
@@ -170,23 +185,17 @@ def operator_matrix(op: Operator) -> sp.csr_array:
 
 
 class _Program:
-    """The convex program of a problem in CVXPY, its objective divided by that of Z = 0."""
+    """The convex program of a problem in CVXPY, its objective divided by `scale`."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, scale: float) -> None:
         import cvxpy as cp
 
         self.source = problem
-        op = problem.operator.double()
-        zero = torch.zeros_like(problem.Y64)
-        predictions = zero + problem.best_intercept(zero)
-        self.scale = float(problem.loss.value(predictions, problem.Y64, problem.weights))
-        if not self.scale > 0:
-            self.scale = 1.0
-
+        self.scale = scale if 0 < scale < math.inf else 1.0
         self.T = cp.Variable(tuple(problem.Y.shape))
         self.b = cp.Variable((1, problem.Y.shape[1])) if problem.output_bias else None
         self.blocks, penalty = self._make_blocks()
-        outputs = cp.reshape(operator_matrix(op) @ self._flatten(), self.T.shape, order="C")
+        outputs = cp.reshape(operator_matrix(problem.operator.double()) @ self._flatten(), self.T.shape, order="C")
         if self.b is not None:
             outputs = outputs + np.ones((problem.n_samples, 1)) @ self.b
         self.tie = outputs == self.T
@@ -254,7 +263,8 @@ def _loss(problem: Problem, T: Any) -> Any:
     if isinstance(loss, Squared):
         return 0.5 * cp.sum_squares(cp.multiply(np.sqrt(w) * np.ones_like(Y), T - Y))
     if isinstance(loss, Huber):
-        return 0.5 * cp.sum(cp.multiply(w * np.ones_like(Y), cp.huber(T - Y, loss.delta)))
+        delta: Any = loss.delta
+        return 0.5 * cp.sum(cp.multiply(w * np.ones_like(Y), cp.huber(T - Y, delta)))
     linear = cp.sum(cp.multiply(w * Y, T))
     if isinstance(loss, Logistic):
         return cp.sum(cp.multiply(w * np.ones_like(Y), cp.logistic(T))) - linear

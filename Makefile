@@ -1,0 +1,44 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check soundness bench growth clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## make the virtual environment
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+
+demo: $(STAMP) ## train on handwritten digits, with a certificate and pictures in results/demo/
+	$(BIN)/python -m cvxnn.demo --out results/demo
+
+test: $(STAMP) ## run the whole test suite
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+
+check: $(STAMP) ## lint, format, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soundness: $(STAMP) ## the full soundness run: 300 random problems against independent bounds
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --problems 300 --jobs $(JOBS)
+
+bench: $(STAMP) ## speed on the digits, with the machine's matrix rate
+	$(BIN)/python benchmarks/speed.py
+
+growth: $(STAMP) ## time and memory against n, P and c
+	$(BIN)/python benchmarks/growth.py --out results/growth
+
+clean: ## remove the environment and all output
+	rm -rf $(VENV) results build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,332 @@
+"""Trained models on disk: safetensors with a JSON header, written whole or not at all, and read without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+
+from cvxnn.certificates import Certificate
+from cvxnn.errors import InvalidInputError, StorageError
+from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
+from cvxnn.files import from_json, read_tensors, to_json, write_tensors
+from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
+from cvxnn.networks import TwoLayerNetwork
+from cvxnn.tables import TablePreprocessor
+
+__all__ = ["load", "save"]
+
+_ESTIMATORS: dict[str, type[BaseEstimator]] = {
+    cls.__name__: cls for cls in (ConvexMLPClassifier, ConvexMLPRegressor, ConvexMLPClassifierCV, ConvexMLPRegressorCV)
+}
+_NETWORK = TwoLayerNetwork.__name__
+_WEIGHTS = ("hidden", "output", "bias", "gates", "gate_index")
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+#: Fitted attributes that are scalars (stored where a model has them), and their types.
+_SCALARS: dict[str, type] = {
+    "n_features_in_": int,
+    "n_iter_": int,
+    "status_": str,
+    "seconds_": float,
+    "beta_": float,
+    "_single_output": bool,
+}
+#: Fitted attributes that are arrays.
+_ARRAYS = ("betas_", "cv_scores_")
+_REQUIRED = ("n_features_in_", "n_iter_")
+_LABEL_TYPE = re.compile(r"\|b1|[|<>][iuf][1248]|[<>]U(\d{1,6})|object")
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a trained model to one file, in one step.
+
+    The file is safetensors with a JSON header; :func:`load` restores predictions, probabilities, the
+    certificate and the dual point that proves it. The data and ``result_`` are not stored. Parameters that
+    are objects (a ``RandomState``, a splitter, a scoring function) are stored as None.
+
+    Parameters
+    ----------
+    model : fitted estimator of cvxnn, or TwoLayerNetwork
+    path : str or path
+        A file that exists is replaced; it survives when writing fails.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    InvalidInputError
+        Not a model of cvxnn, or not fitted.
+    StorageError
+        The folder does not exist or cannot be written, or the disk is full; nothing is left behind.
+
+    Examples
+    --------
+    >>> import cvxnn, tempfile
+    >>> model = cvxnn.ConvexMLPClassifier(random_state=0).fit([[0.0], [1.0]], ["no", "yes"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = cvxnn.save(model, f"{folder}/model.safetensors")
+    ...     cvxnn.load(file).predict([[0.0], [1.0]]).tolist()
+    ['no', 'yes']
+    """
+    arrays: dict[str, np.ndarray] = {}
+    if type(model) is TwoLayerNetwork:
+        header = {"class": _NETWORK, "network": _pack_network(model, arrays)}
+    elif isinstance(model, BaseEstimator) and _ESTIMATORS.get(type(model).__name__) is type(model):
+        header = _pack_estimator(model, arrays)
+    else:
+        known = ", ".join([*_ESTIMATORS, _NETWORK])
+        raise InvalidInputError(f"model is a {type(model).__name__}; one of {known} is wanted")
+    return write_tensors(path, "model", header, arrays)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read a model that :func:`save` wrote; nothing in the file is executed.
+
+    Parameters
+    ----------
+    path : str or path
+
+    Returns
+    -------
+    estimator or TwoLayerNetwork
+        On the CPU, with the same predictions. An estimator has all its attributes but ``result_``, which
+        needs the data; of the result there are ``certificate_``, ``dual_`` (a torch.Tensor of shape (n, c):
+        ``certify(problem, ..., dual=model.dual_)`` repeats the proof), ``status_`` and ``seconds_``.
+
+    Raises
+    ------
+    StorageError
+        No such file, not a model of cvxnn, from a newer version, or damaged.
+    """
+    header, arrays = read_tensors(path, "model")
+    try:
+        name = _field(header, "class", str)
+        if name == _NETWORK:
+            return _unpack_network(_field(header, "network", dict), arrays)
+        if name not in _ESTIMATORS:
+            raise ValueError(f"its class is {name!r}, which this version of cvxnn does not have")
+        return _unpack_estimator(_ESTIMATORS[name], header, arrays)
+    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        raise StorageError(f"{os.fsdecode(path)} holds no model that can be restored: {error}") from error
+
+
+def _field(fields: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of the header, of the type wanted."""
+    value = fields.get(name)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+        raise ValueError(f"its field {name} is {str(value)[:60]!r}; {wanted} is wanted")
+    return value
+
+
+def _pack_network(network: TwoLayerNetwork, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    tensors = {name: getattr(network, name) for name in _WEIGHTS}
+    weights = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
+    try:
+        _check_weights(weights)
+    except ValueError as error:
+        raise InvalidInputError(f"model has a network that cannot be stored: {error}") from error
+    sample_dtype = str(network.sample_dtype).removeprefix("torch.")
+    if sample_dtype not in _DTYPES:
+        raise InvalidInputError(f"model has a network with sample_dtype {sample_dtype}; float32 or float64 is wanted")
+    arrays.update({f"network.{name}": tensor.numpy() for name, tensor in weights.items()})
+    return {"hidden_bias": bool(network.hidden_bias), "sample_dtype": sample_dtype}
+
+
+def _unpack_network(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> TwoLayerNetwork:
+    # Cloned, so that torch aligns the memory as it did for the network that was saved.
+    weights = {
+        name: torch.from_numpy(arrays[f"network.{name}"]).clone() for name in _WEIGHTS if f"network.{name}" in arrays
+    }
+    sample_dtype = _field(fields, "sample_dtype", str)
+    if sample_dtype not in _DTYPES:
+        raise ValueError(f"its field sample_dtype is {sample_dtype!r}; float32 or float64 is wanted")
+    _check_weights(weights)
+    return TwoLayerNetwork(
+        weights["hidden"],
+        weights["output"],
+        weights["bias"],
+        weights.get("gates"),
+        weights.get("gate_index"),
+        hidden_bias=_field(fields, "hidden_bias", bool),
+        sample_dtype=_DTYPES[sample_dtype],
+    )
+
+
+def _check_weights(weights: dict[str, torch.Tensor]) -> None:
+    missing = [name for name in ("hidden", "output", "bias") if name not in weights]
+    if missing or ("gates" in weights) != ("gate_index" in weights):
+        raise ValueError(f"it has only {', '.join(weights) or 'none'} of the tensors {', '.join(_WEIGHTS)}")
+    hidden, output, bias = weights["hidden"], weights["output"], weights["bias"]
+    ranks = (hidden.ndim, output.ndim, bias.ndim)
+    if ranks != (2, 2, 1) or hidden.shape[1] != len(output) or output.shape[1] != len(bias):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, output, bias))
+        raise ValueError(f"its layers have shapes {shapes}; (d, m), (m, c), (c,) are wanted")
+    if hidden.dtype not in _DTYPES.values() or not hidden.dtype == output.dtype == bias.dtype:
+        raise ValueError("the types of its layers differ, or are not float32 or float64")
+    if "gates" not in weights:
+        return
+    gates, index = weights["gates"], weights["gate_index"]
+    if gates.ndim != 2 or len(gates) != len(hidden) or gates.dtype != torch.float64:
+        raise ValueError(f"its gates have shape {tuple(gates.shape)}; ({len(hidden)}, P) of float64 is wanted")
+    if index.shape != (len(output),) or index.dtype != torch.int64:
+        raise ValueError(f"its gate_index has shape {tuple(index.shape)}; ({len(output)},) of int64 is wanted")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < gates.shape[1]:
+        raise ValueError("its gate_index refers to gates that it does not have")
+
+
+def _pack_estimator(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    if not hasattr(model, "network_"):
+        raise InvalidInputError(f"model is a {type(model).__name__} that is not fitted; call fit before save")
+    facts = _result_facts(model)
+    if facts["dual_"] is not None:
+        arrays["dual_"] = facts["dual_"].detach().cpu().numpy()
+    arrays.update({name: np.asarray(getattr(model, name)) for name in _ARRAYS if hasattr(model, name)})
+    names = getattr(model, "feature_names_in_", None)
+    preprocessor = getattr(model, "preprocessor_", None)
+    return {
+        "class": type(model).__name__,
+        "network": _pack_network(model.network_, arrays),
+        "parameters": _pack_parameters(model, arrays),
+        "fitted": {
+            name: to_json(facts.get(name, getattr(model, name, None)), arrays, name)
+            for name in _SCALARS
+            if name in facts or hasattr(model, name)
+        },
+        "classes": _pack_labels(model.classes_) if hasattr(model, "classes_") else None,
+        "feature_names": None if names is None else [str(name) for name in names],
+        "certificate": to_json(_certificate_fields(model.certificate_), arrays, "certificate"),
+        "preprocessing": None if preprocessor is None else _pack_preprocessor(preprocessor, arrays),
+    }
+
+
+def _result_facts(model: Any) -> dict[str, Any]:
+    """What is kept of ``result_``; a model that was loaded has it as attributes."""
+    result = getattr(model, "result_", None)
+    if result is not None:
+        return {"dual_": result.dual, "status_": result.status, "seconds_": result.seconds}
+    known = {name: getattr(model, name) for name in ("status_", "seconds_") if hasattr(model, name)}
+    return {"dual_": getattr(model, "dual_", None), **known}
+
+
+def _unpack_estimator(cls: type[BaseEstimator], header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
+    model: Any = cls(**_unpack_parameters(cls, _field(header, "parameters", dict), arrays))
+    model.network_ = _unpack_network(_field(header, "network", dict), arrays)
+    fitted = _field(header, "fitted", dict)
+    required = {*_REQUIRED, *(["_single_output"] if issubclass(cls, ConvexMLPRegressor) else [])}
+    for name, kind in _SCALARS.items():
+        if name in fitted or name in required:
+            setattr(model, name, _field(fitted, name, kind))
+    for name in _ARRAYS:
+        if name in arrays:
+            setattr(model, name, arrays[name])
+    if issubclass(cls, ConvexMLPClassifier):
+        model.classes_ = _unpack_labels(_field(header, "classes", dict))
+    names = _field(header, "feature_names", (list, type(None)))
+    if names is not None:
+        model.feature_names_in_ = np.array(names, dtype=object)
+    model.certificate_ = _unpack_certificate(from_json(_field(header, "certificate", dict), arrays))
+    if "dual_" in arrays:
+        model.dual_ = torch.from_numpy(arrays["dual_"])
+    preprocessing = _field(header, "preprocessing", (dict, type(None)))
+    if preprocessing is not None:
+        model.preprocessor_ = TablePreprocessor.from_dict(from_json(preprocessing, arrays))
+    _check_estimator(model, names)
+    return model
+
+
+def _check_estimator(model: Any, names: list[Any] | None) -> None:
+    """Refuse a header whose parts do not belong together."""
+    network = model.network_
+    n_features = len(network.hidden) - network.hidden_bias
+    if model.n_features_in_ != n_features:
+        raise ValueError(f"its n_features_in_ is {model.n_features_in_}; its network has {n_features} inputs")
+    if names is not None and (len(names) != n_features or not all(isinstance(name, str) for name in names)):
+        raise ValueError(f"its feature names are {str(names)[:60]}; {n_features} strings are wanted")
+    n_outputs = len(network.bias)
+    if hasattr(model, "classes_") and len(model.classes_) != n_outputs:
+        raise ValueError(f"it has {len(model.classes_)} classes; its network has {n_outputs} outputs")
+
+
+def _pack_preprocessor(preprocessor: TablePreprocessor, arrays: dict[str, np.ndarray]) -> Any:
+    try:
+        return to_json(preprocessor.to_dict(), arrays, "preprocessing")
+    except TypeError as error:
+        raise InvalidInputError(f"model has a preprocessor_ that cannot be stored: {error}") from error
+
+
+def _pack_parameters(model: BaseEstimator, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    parameters = {}
+    for name, value in model.get_params(deep=False).items():
+        found: dict[str, np.ndarray] = {}
+        try:
+            parameters[name] = to_json(value, found, f"parameters.{name}")
+        except TypeError:
+            parameters[name] = None
+        else:
+            arrays.update(found)
+    return parameters
+
+
+def _unpack_parameters(
+    cls: type[BaseEstimator], parameters: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    unknown = sorted(set(parameters) - set(cls().get_params(deep=False)))
+    if unknown:
+        raise ValueError(f"its parameter {unknown[0]!r} is unknown to this version of cvxnn")
+    return {name: from_json(value, arrays) for name, value in parameters.items()}
+
+
+def _pack_labels(labels: np.ndarray) -> dict[str, Any]:
+    name = "object" if labels.dtype == object else labels.dtype.str
+    values = labels.tolist()
+    if not _LABEL_TYPE.fullmatch(name) or not all(isinstance(value, (bool, int, float, str)) for value in values):
+        raise InvalidInputError(f"classes_ are of type {labels.dtype}; numbers, booleans or strings can be stored")
+    return {"dtype": name, "values": values}
+
+
+def _unpack_labels(fields: dict[str, Any]) -> np.ndarray:
+    name, values = _field(fields, "dtype", str), _field(fields, "values", list)
+    if not _LABEL_TYPE.fullmatch(name):
+        raise ValueError(f"its labels are of type {name!r}; numbers, booleans or strings are wanted")
+    if not all(isinstance(value, (bool, int, float, str)) for value in values):
+        raise ValueError("its labels are neither numbers nor strings")
+    labels = np.array(values, dtype=np.dtype(name))
+    if labels.tolist() != values:
+        raise ValueError(f"its labels do not fit into the type {name!r}")
+    return labels
+
+
+def _certificate_fields(certificate: Certificate) -> dict[str, Any]:
+    return {field.name: getattr(certificate, field.name) for field in dataclasses.fields(certificate)}
+
+
+_CERTIFICATE_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float,),
+    "float | None": (float, type(None)),
+    "str": (str,),
+    "tuple[float, ...]": (tuple,),
+}
+
+
+def _unpack_certificate(fields: Any) -> Certificate:
+    if not isinstance(fields, dict):
+        raise ValueError("its certificate is no dictionary")
+    for field in dataclasses.fields(Certificate):
+        if field.type in _CERTIFICATE_TYPES:
+            _field(fields, field.name, _CERTIFICATE_TYPES[str(field.type)])
+    if not all(isinstance(ratio, float) for ratio in fields["gate_ratios"]):
+        raise ValueError("its certificate has gate_ratios that are no numbers")
+    return Certificate(**fields)
