@@ -14,7 +14,7 @@ from pandas.api import types
 
 from cvxnn.errors import DependencyError, InvalidInputError, StorageError
 
-__all__ = ["MAX_CATEGORIES", "TablePreprocessor", "read_table"]
+__all__ = ["MAX_CATEGORIES", "TablePreprocessor", "as_text", "number_values", "read_table", "text_values"]
 
 #: A column of texts with more distinct values than this is refused: it is an identifier, not a category.
 MAX_CATEGORIES = 1000
@@ -168,10 +168,10 @@ class TablePreprocessor:
         for column in self._columns:
             series = table[column["name"]]
             if column["kind"] == "number":
-                values = _numbers(column["name"], series)
+                values = number_values(column["name"], series)
                 parts.append(((values - column["mean"]) / column["scale"])[:, None])
             else:
-                texts = _texts(column["name"], series)
+                texts = text_values(column["name"], series)
                 parts.append((texts[:, None] == np.array(column["categories"], dtype=object)).astype(np.float64))
         return np.ascontiguousarray(np.hstack(parts))
 
@@ -203,14 +203,14 @@ class TablePreprocessor:
 def _describe(name: str, series: pd.Series) -> dict[str, Any] | None:
     """What is learned of one column; None where it does not vary."""
     if types.is_numeric_dtype(series.dtype) and not types.is_bool_dtype(series.dtype):
-        values = _numbers(name, series)
+        values = number_values(name, series)
         size = float(np.abs(values).max())
         mean = float((values / size).mean()) * size if size > 0 else 0.0
         scale = float((values / size - mean / size).std()) * size if size > 0 else 0.0
         if scale <= 1e-14 * size:
             return None
         return {"name": name, "kind": "number", "mean": mean, "scale": scale}
-    categories = sorted(set(_texts(name, series)))
+    categories = sorted(set(text_values(name, series)))
     if len(categories) > MAX_CATEGORIES:
         raise InvalidInputError(
             f"column {name!r} has {len(categories)} distinct texts; at most {MAX_CATEGORIES} are encoded, "
@@ -250,7 +250,7 @@ def _check_present(name: str, series: pd.Series) -> None:
         )
 
 
-def _numbers(name: str, series: pd.Series) -> np.ndarray:
+def number_values(name: str, series: pd.Series) -> np.ndarray:
     """A column as finite float64 numbers."""
     _check_present(name, series)
     if not types.is_numeric_dtype(series.dtype) or types.is_complex_dtype(series.dtype):
@@ -265,15 +265,16 @@ def _numbers(name: str, series: pd.Series) -> np.ndarray:
     return values
 
 
-def _texts(name: str, series: pd.Series) -> np.ndarray:
+def text_values(name: str, series: pd.Series) -> np.ndarray:
     """A column as an object array of texts; whole numbers are written without a decimal point."""
     _check_present(name, series)
     if types.is_datetime64_any_dtype(series.dtype) or types.is_timedelta64_dtype(series.dtype):
         raise InvalidInputError(f"column {name!r} has dates or durations; convert them to numbers or leave them out")
-    return np.array([_text(value) for value in series], dtype=object)
+    return np.array([as_text(value) for value in series], dtype=object)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as text; 1.0 is "1", so that a column of labels reads the same however it was stored."""
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
     return str(value)

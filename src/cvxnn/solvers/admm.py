@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 
 from cvxnn.problem import Problem
+from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.solvers.ridge import FeatureRidge, cheaper_side, make_ridge
-from cvxnn.validation import check_choice, check_positive
+from cvxnn.validation import check_choice, check_integer, check_positive
 
 __all__ = ["Admm", "factor_bytes"]
 
@@ -29,6 +30,8 @@ class AdmmOptions:
         First penalty of Z = W; None estimates it.
     adapt : bool
         Balance the primal and dual residuals by changing the penalties.
+    memory : int
+        Length of the Anderson acceleration; 0 for plain ADMM.
     side : {"auto", "samples", "features"}
         Factor the n x n kernel or the (P p) x (P p) Gram matrix; "auto" counts operations.
     """
@@ -36,10 +39,12 @@ class AdmmOptions:
     relaxation: float = 1.7
     rho: float | None = None
     adapt: bool = True
+    memory: int = 10
     side: str = "auto"
 
     def __post_init__(self) -> None:
         check_positive(self.rho, "rho", allow_none=True)
+        check_integer(self.memory, "memory", minimum=0)
         check_choice(self.side, "side", ("auto", "samples", "features"))
         check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
 
@@ -64,8 +69,9 @@ class Admm(Solver):
     """Splitting Z = W (and T = A(Z) + 1 b^T for losses other than the squared one).
 
     Squared loss: the quadratic step contains the loss and T is not needed. Any other loss: T carries the
-    loss through its prox. The dual candidate is -lambda (squared), or sigma S, a gradient of the loss and
-    so always in the domain of its conjugate.
+    loss through its prox. The iteration is a fixed-point map of what the proxes are applied to, and is
+    accelerated as such (:mod:`cvxnn.solvers.anderson`). The dual candidate is -lambda (squared), or
+    sigma S, a gradient of the loss and so always in the domain of its conjugate.
     """
 
     name = "admm"
@@ -97,6 +103,7 @@ class Admm(Solver):
         step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
         self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias)
         self.iteration, self.next_adaptation = 0, 5
+        self.anderson = Anderson(self.options.memory) if self.options.memory else None
         self.W = problem.Y.new_zeros(self.op.block_shape)
         self.U = torch.zeros_like(self.W)
         self.T = torch.zeros_like(problem.Y)
@@ -121,21 +128,22 @@ class Admm(Solver):
         self.T, self.S = predictions.to(self.T), (dual * (shrink / self.sigma)).to(self.S)
 
     def _estimate_rho(self, point: Iterate | None) -> float:
-        """beta sqrt(P) / ||Z||, with Z of a lightly regularised least-squares fit (or the warm start)."""
+        """beta sqrt(P min(p, q)) / ||Z||, the size of the multiplier over that of Z if all singular values are used.
+
+        Z is taken from a lightly regularised least-squares fit, or from the warm start.
+        """
         norm = 0.0
         if point is not None:
             norm = float(torch.linalg.vector_norm(point.Z))
         if norm == 0:
             scale = self.ridge.kernel_scale * float(self.weights.mean())
             self.ridge.factor(1e-3 * scale if scale > 0 else 1.0)
-            fit = self.ridge.solve(self.W, self._target(), want_residual=False)
+            fit = self.ridge.solve(self.W, self.problem.Y, want_residual=False)
             norm = float(torch.linalg.vector_norm(fit.Z))
         if not (norm > 0 and math.isfinite(norm)):
             return self.problem.beta
-        return self.problem.beta * math.sqrt(self.problem.n_gates) / norm
-
-    def _target(self) -> torch.Tensor:
-        return self.problem.Y
+        n_gates, p, q = self.op.block_shape
+        return self.problem.beta * math.sqrt(n_gates * min(p, q)) / norm
 
     def step(self) -> None:
         self.iteration += 1
@@ -147,29 +155,43 @@ class Admm(Solver):
             self.next_adaptation = int(1.5 * self.iteration) + 5
             self._adapt()
 
-    def _shrink(self, Z: torch.Tensor) -> None:
-        """The prox of the norm and the update of its multiplier."""
-        a = self.options.relaxation
-        self._last_Z, self._last_W = Z, self.W
-        moved = torch.lerp(self.W, Z, a) + self.U
-        self.W, _ = self.problem.norm.prox(moved, self.problem.beta / self.rho)
-        self.U = moved - self.W
-
     def _squared_step(self) -> None:
         solution = self.ridge.solve(self.W - self.U, self.problem.Y, want_residual=False)
         self.residual = solution.residual
-        self._shrink(solution.Z)
+        moved = torch.lerp(self.W, solution.Z, self.options.relaxation) + self.U
+        if self.anderson is not None:
+            moved = self.anderson.next((self.W + self.U).flatten(), moved.flatten()).view_as(moved)
+        self._shrink(solution.Z, moved)
 
     def _general_step(self) -> None:
         target = self.T - self.S
         solution = self.ridge.solve(self.W - self.U, target)
         assert solution.residual is not None
         predictions = target - solution.residual / self.sigma
-        moved = torch.lerp(self.T, predictions, self.options.relaxation) + self.S
+        moved_T = torch.lerp(self.T, predictions, self.options.relaxation) + self.S
+        moved_W = torch.lerp(self.W, solution.Z, self.options.relaxation) + self.U
+        if self.anderson is not None:
+            moved_W, moved_T = self._accelerate(self.anderson, moved_W, moved_T)
         self._last_predictions, self._last_T = predictions, self.T
-        self.T = self.problem.loss.prox(moved, self.problem.Y, self.weights, self.sigma, start=self.T)
-        self.S = moved - self.T
-        self._shrink(solution.Z)
+        self.T = self.problem.loss.prox(moved_T, self.problem.Y, self.weights, self.sigma, start=self.T)
+        self.S = moved_T - self.T
+        self._shrink(solution.Z, moved_W)
+
+    def _accelerate(
+        self, anderson: Anderson, moved_W: torch.Tensor, moved_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One extrapolation of both parts, in the metric of the penalties."""
+        scales = math.sqrt(self.rho), math.sqrt(self.sigma)
+        point = torch.cat([(self.W + self.U).flatten() * scales[0], (self.T + self.S).flatten() * scales[1]])
+        image = torch.cat([moved_W.flatten() * scales[0], moved_T.flatten() * scales[1]])
+        first, second = anderson.next(point, image).split([moved_W.numel(), moved_T.numel()])
+        return (first / scales[0]).view_as(moved_W), (second / scales[1]).view_as(moved_T)
+
+    def _shrink(self, Z: torch.Tensor, moved: torch.Tensor) -> None:
+        """The prox of the norm and the update of its multiplier."""
+        self._last_Z, self._last_W = Z, self.W
+        self.W, _ = self.problem.norm.prox(moved, self.problem.beta / self.rho)
+        self.U = moved - self.W
 
     def _adapt(self) -> None:
         """Change penalties whose primal and dual residuals are far apart."""
@@ -185,6 +207,8 @@ class Admm(Solver):
             self.sigma *= sigma_factor
             self.S = self.S / sigma_factor
         self._refactor(sigma_factor != 1.0)
+        if self.anderson is not None:
+            self.anderson.reset()
 
     def _refactor(self, sigma_changed: bool) -> None:
         if sigma_changed:
@@ -199,7 +223,9 @@ class Admm(Solver):
         return Iterate(self.W, dual=None if self.residual is None else -self.residual)
 
     def state(self) -> dict[str, Any]:
+        extra = {} if self.anderson is None else self.anderson.state()
         return {
+            **{f"anderson.{name}": value for name, value in extra.items()},
             "W": self.W,
             "U": self.U,
             "T": self.T,
@@ -211,8 +237,12 @@ class Admm(Solver):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        prefix = "anderson."
         for name, value in state.items():
-            setattr(self, name, value)
+            if not name.startswith(prefix):
+                setattr(self, name, value)
+        if self.anderson is not None:
+            self.anderson.load_state({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
         self._refactor(not self.squared)
 
 

@@ -198,7 +198,7 @@ class _Program:
         outputs = cp.reshape(operator_matrix(problem.operator.double()) @ self._flatten(), self.T.shape, order="C")
         if self.b is not None:
             outputs = outputs + np.ones((problem.n_samples, 1)) @ self.b
-        self.tie = outputs == self.T
+        self.tie = outputs - self.T == 0
         total = (_loss(problem, self.T) + problem.beta * penalty) / self.scale
         self.problem = cp.Problem(cp.Minimize(total), [self.tie])
 

@@ -70,10 +70,12 @@ class KernelRidge(Ridge):
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._root = weights.sqrt().unsqueeze(1)
+        self._uniform = bool((weights == weights[0]).all())
 
     def factor(self, rho: float) -> None:
         self.rho = rho
-        system = self._kernel * (self._root * self._root.T / rho)
+        scale = self._root[0] ** 2 if self._uniform else self._root * self._root.T
+        system = torch.mul(self._kernel, scale / rho)
         system.diagonal().add_(1.0)
         self._factor = torch.linalg.cholesky(system, out=system)
         if self.intercept:

@@ -1,0 +1,99 @@
+"""Measures the table of peers in the README: python docs/peers.py [--repeats 3]
+
+Spiral: one convex problem (150 samples, 100 gates drawn, hidden bias, beta = 1e-3 for the mean squared loss), and
+the seconds until the relative gap to its optimum is at most 1e-4. Digits: 1,347 training and 450 test samples,
+default settings, seconds of training and test accuracy. Medians over the repeats.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
+
+import cvxnn
+from cvxnn.datasets import spiral
+
+TOL = 1e-4
+
+
+def timed(task: Callable[[], object], repeats: int) -> tuple[float, object]:
+    """Median of the seconds, and the last value."""
+    seconds, value = [], None
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        value = task()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds), value
+
+
+def train_by_adam(problem: cvxnn.Problem, optimum: float, limit: float = 30.0) -> tuple[float, float]:
+    """Seconds and relative gap of Adam on factors of rank 2 per gate, with gradients from torch."""
+    torch.manual_seed(0)
+    n_gates, p, q = problem.operator.block_shape
+    U = (0.1 * torch.randn(n_gates, p, 2, dtype=torch.float64)).requires_grad_()
+    V = (0.1 * torch.randn(n_gates, q, 2, dtype=torch.float64)).requires_grad_()
+    adam = torch.optim.Adam([U, V], lr=1e-2)
+    begin = time.perf_counter()
+    best = float("inf")
+    while True:
+        adam.zero_grad()
+        residual = problem.operator.apply_factors(U, V) - problem.Y
+        penalty = (U.square().sum() + V.square().sum()) / 2
+        objective = residual.square().sum() / (2 * problem.n_samples) + problem.beta * penalty
+        objective.backward()
+        best = min(best, float(objective.detach()))
+        seconds, gap = time.perf_counter() - begin, best / optimum - 1
+        if gap <= TOL or seconds > limit:
+            return seconds, gap
+        adam.step()
+
+
+def spiral_rows(repeats: int) -> None:
+    """Seconds on one convex problem."""
+    X, y = spiral(150)
+    problem = cvxnn.mlp_problem(X, y, n_gates=100, beta=1e-3, hidden_bias=True, random_state=0)
+    optimum = cvxnn.solve(problem, "interior_point", tol=1e-8).certificate.lower_bound
+    for solver in ("admm", "interior_point"):
+        seconds, result = timed(lambda name=solver: cvxnn.solve(problem, name, tol=TOL), repeats)
+        print(f"spiral  {solver:16s} {seconds:8.3f} s  {result}")
+    seconds, gap = train_by_adam(problem, optimum)
+    print(f"spiral  {'adam':16s} {seconds:8.3f} s  relative gap {gap:.1e}, known from interior point")
+
+
+def digits_rows(repeats: int) -> None:
+    """Seconds and accuracy with the default settings."""
+    X, y = load_digits(return_X_y=True)
+    split = train_test_split(X / 16, y, test_size=0.25, stratify=y, random_state=0)
+    train_X, test_X, train_y, test_y = split
+    models = {
+        "cvxnn": cvxnn.ConvexMLPClassifier(random_state=0),
+        "MLPClassifier": MLPClassifier(random_state=0),
+    }
+    for name, model in models.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            seconds, _ = timed(lambda model=model: model.fit(train_X, train_y), repeats)
+        accuracy = float(np.mean(model.predict(test_X) == test_y))
+        proven = getattr(model, "certificate_", None)
+        gap = "no certificate" if proven is None else f"relative gap {proven.relative_gap:.1e}"
+        print(f"digits  {name:16s} {seconds:8.3f} s  test accuracy {accuracy:.1%}, {gap}")
+
+
+def main() -> None:
+    """Print a line per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    spiral_rows(repeats)
+    digits_rows(repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The primal and the dual program of a problem in CVXPY, solved with Clarabel."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import cvxpy as cp
+import numpy as np
+
+if TYPE_CHECKING:
+    from tests.soundness.reference import Reference
+
+__all__ = ["solve_dual", "solve_primal"]
+
+_ORDERS: dict[str, Any] = {"l1": 1, "l2": 2, "linf": "inf"}
+_DUALS: dict[str, Any] = {"l1": "inf", "l2": 2, "linf": 1}
+
+#: Z (P, d, c), intercept (c,) and nu (n, c), or None where there is none.
+Solution = tuple[np.ndarray, np.ndarray, np.ndarray] | None
+
+
+def solve_primal(reference: Reference, scale: float, tolerance: float) -> Solution:
+    """minimise F(T) + beta Omega(Z), T = A(Z) + 1 b^T, with the objective divided by `scale`."""
+    P, d, c = reference.block_shape
+    Z = [cp.Variable((d, c)) for _ in range(P)]
+    T = cp.Variable(reference.Y.shape)
+    b = cp.Variable((1, c))
+    tie = reference.features @ cp.vstack(Z) + np.ones((len(reference.Y), 1)) @ b - T == 0
+    fixed = [] if reference.instance.output_bias else [b == 0]
+    penalty = cp.sum([_norm(block, reference.instance.norms) for block in Z])
+    objective = (_loss(reference, T) + reference.beta * penalty) / scale
+    if not _solve(cp.Problem(cp.Minimize(objective), [tie, *fixed]), tolerance):
+        return None
+    return np.array([block.value for block in Z]), b.value[0], scale * tie.dual_value
+
+
+def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution:
+    """maximise -F*(nu) over ||A_k*(nu)||_D* <= beta, 1^T nu = 0; Z and b are multipliers.
+
+    The objective is divided by `scale`, and the blocks A_k*(nu) by beta.
+    """
+    P, d, c = reference.block_shape
+    n = len(reference.Y)
+    nu = cp.Variable((n, c))
+    blocks = [cp.Variable((d, c)) for _ in range(P)]
+    features = reference.features.reshape(n, P, d)
+    ties = [features[:, k].T @ nu - reference.beta * blocks[k] == 0 for k in range(P)]
+    constraints = [_dual_norm(block, reference.instance.norms) <= 1 for block in blocks]
+    centered = [cp.sum(nu, axis=0) == 0] if reference.instance.output_bias else []
+    conjugate, domain = _conjugate(reference, nu)
+    program = cp.Problem(cp.Minimize(conjugate / scale), [*ties, *constraints, *centered, *domain])
+    if not _solve(program, tolerance):
+        return None
+    Z = np.array([-scale * tie.dual_value for tie in ties])
+    intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(c)
+    return Z, intercept, nu.value
+
+
+def _solve(program: cp.Problem, tolerance: float) -> bool:
+    """Whether Clarabel returned a point, however inaccurate."""
+    settings = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tolerance)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program.solve(solver=cp.CLARABEL, accept_unknown=True, **settings)
+    except cp.SolverError:
+        return False
+    values = [part.value for part in program.variables()]
+    values += [part.dual_value for part in program.constraints]
+    return all(value is not None and np.isfinite(value).all() for value in values)
+
+
+def _norm(Z: cp.Variable, norms: tuple[str, str]) -> cp.Expression:
+    left, right = norms
+    if Z.shape[1] == 1:
+        return cp.norm(Z[:, 0], _ORDERS[left])
+    if Z.shape[0] == 1:
+        return cp.norm(Z[0], _ORDERS[right])
+    if left == "l1":
+        return cp.sum(cp.norm(Z, _ORDERS[right], axis=1))
+    if right == "l1":
+        return cp.sum(cp.norm(Z, _ORDERS[left], axis=0))
+    return cp.normNuc(Z)
+
+
+def _dual_norm(G: cp.Variable, norms: tuple[str, str]) -> cp.Expression:
+    left, right = norms
+    if G.shape[1] == 1:
+        return cp.norm(G[:, 0], _DUALS[left])
+    if G.shape[0] == 1:
+        return cp.norm(G[0], _DUALS[right])
+    if left == "l1":
+        return cp.max(cp.norm(G, _DUALS[right], axis=1))
+    if right == "l1":
+        return cp.max(cp.norm(G, _DUALS[left], axis=0))
+    return cp.sigma_max(G)
+
+
+def _loss(reference: Reference, T: cp.Variable) -> cp.Expression:
+    Y, name = reference.Y, reference.instance.loss
+    w = np.repeat(reference.w[:, None], Y.shape[1], axis=1)
+    if name == "squared":
+        return cp.sum(cp.multiply(w / 2, cp.square(T - Y)))
+    if name == "huber":
+        return cp.sum(cp.multiply(w / 2, cp.huber(T - Y, reference.instance.delta)))
+    if name == "logistic":
+        return cp.sum(cp.multiply(w, cp.logistic(T))) - cp.sum(cp.multiply(w * Y, T))
+    mass = reference.w * Y.sum(1)
+    return cp.sum(cp.multiply(mass, cp.log_sum_exp(T, axis=1))) - cp.sum(cp.multiply(w * Y, T))
+
+
+def _conjugate(reference: Reference, nu: cp.Variable) -> tuple[cp.Expression, list[cp.Constraint]]:
+    """F*(nu), and the constraints of its domain."""
+    Y, name = reference.Y, reference.instance.loss
+    w = np.repeat(reference.w[:, None], Y.shape[1], axis=1)
+    if name in ("squared", "huber"):
+        value = cp.sum(cp.multiply(0.5 / w, cp.square(nu))) + cp.sum(cp.multiply(nu, Y))
+        if name == "squared":
+            return value, []
+        return value, [cp.abs(nu) <= w * reference.instance.delta]
+    Q = cp.multiply(1 / w, nu) + Y
+    if name == "logistic":
+        return -cp.sum(cp.multiply(w, cp.entr(Q) + cp.entr(1 - Q))), []
+    mass = np.repeat(Y.sum(1, keepdims=True), Y.shape[1], axis=1)
+    return -cp.sum(cp.multiply(w * mass, cp.entr(cp.multiply(1 / mass, Q)))), [cp.sum(nu, axis=1) == 0]
