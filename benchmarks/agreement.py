@@ -103,7 +103,7 @@ def main() -> int:
                 str(row["n_iter"]),
                 f"{row['seconds']:.2f}",
             )
-        Console().print(table)
+        Console(width=120).print(table)
     return 0 if all(row["status"] == "certified" for row in rows) else 1
 
 

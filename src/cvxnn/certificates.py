@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from cvxnn.errors import InvalidInputError
+from cvxnn.losses import CrossEntropy, Logistic
+from cvxnn.losses.softmax import balance
 from cvxnn.problem import Problem
 
 __all__ = [
@@ -27,12 +29,15 @@ STATIONARITY_TOLERANCE = 1e-6
 #: Relative gaps below this are indistinguishable from zero in float64.
 AT_ROUNDING = 1e-12
 _EPS = 2.0**-53
+#: More than what underflow can take from a dual norm, and the smallest scale whose rounding is still relative.
+_UNDERFLOW = 2.0**-1000
+_SMALLEST_SCALE = 2.0**-900
 
 _SCOPES = {
     "linear_network": "all two-layer linear networks",
     "given_gates": "all networks with the given gates",
     "sampled_gates": "all networks with the sampled gates",
-    "all_gates": "all networks with gates from every activation pattern of the data",
+    "all_gates": "all networks with gates from every open cell of the arrangement of the data",
 }
 
 
@@ -165,24 +170,56 @@ def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> D
         multiplied with it.
     """
     op = problem.operator.double()
+    nu, exponent = _normalised(_in_domain(problem, nu))
     blocks = op.adjoint(nu)
-    lower, upper = problem.norm.dual(blocks, op.adjoint_rounding(nu))
-    q = float(upper.max())
+    n, c = nu.shape
+    lower, upper = problem.norm.dual(blocks, op.adjoint_rounding(nu) * (1 + c / n))
+    q = float(upper.max()) + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
-    s_max = problem.beta / q * (1 - 8 * _EPS) if q > 0 else math.inf
-    scale = problem.loss.dual_scale(nu, Y, w, s_max)
+    s_max = problem.beta / q * (1 - 8 * _EPS)
+    scale = problem.loss.dual_scale(nu, Y, w, s_max) if s_max >= _SMALLEST_SCALE else 0.0
     bound = problem.loss.infimum(Y, w)
     if scale > 0 and math.isfinite(scale):
         scaled = scale * nu
         conjugate = float(problem.loss.conjugate(scaled, Y, w))
         terms = float(problem.loss.conjugate_terms_magnitude(scaled, Y, w))
-        allowance = 4 * nu.numel() * _EPS * terms
+        allowance = nu.numel() * (4 * _EPS * terms + torch.finfo(nu.dtype).tiny)
         if problem.output_bias:
-            leak = scaled.sum(0).abs() + len(nu) * _EPS * scaled.abs().sum(0)
+            leak = scaled.sum(0).abs() + n * _EPS * scaled.abs().sum(0)
             allowance += float(leak @ magnitude)
         if math.isfinite(conjugate):
             bound = max(bound, -conjugate - allowance)
+    blocks, lower, upper = (_times_power(part, exponent) for part in (blocks, lower, upper))
     return DualBound(bound, blocks, lower, upper)
+
+
+def _in_domain(problem: Problem, nu: torch.Tensor) -> torch.Tensor:
+    """nu without what keeps its small multiples out of the domain of F*, as a rule rounding errors.
+
+    The conjugates forgive errors of a few eps. Where a bound is far below 1, so are the multiples of nu,
+    and these errors, forgiven there but counted in A*(nu), could lift it above the optimum.
+    """
+    Y = problem.Y64
+    nu = torch.where(problem.weights.unsqueeze(1) > 0, nu, 0.0)
+    if isinstance(problem.loss, CrossEntropy):
+        return balance(torch.where(Y > 0, nu, nu.clamp(min=0)), Y.argmax(1, keepdim=True))
+    if isinstance(problem.loss, Logistic):
+        nu = torch.where(Y > 0, nu, nu.clamp(min=0))
+        return torch.where(Y < 1, nu, nu.clamp(max=0))
+    return nu
+
+
+def _normalised(nu: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """nu / 2^k with its largest entry in [1/2, 1), and k: no product with it over- or underflows by its size."""
+    largest = float(nu.abs().max())
+    exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    return _times_power(nu, -exponent), exponent
+
+
+def _times_power(values: torch.Tensor, exponent: int) -> torch.Tensor:
+    """values * 2^exponent, also where 2^exponent is out of range."""
+    half = exponent // 2
+    return values * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _convex_stationarity(problem: Problem, Z: torch.Tensor, blocks: torch.Tensor, penalty: float) -> float:

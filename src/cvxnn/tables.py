@@ -162,7 +162,7 @@ class TablePreprocessor:
             raise InvalidInputError("this TablePreprocessor is not fitted; call fit first")
         missing = [name for name in self.columns if name not in table.columns]
         if missing:
-            names = ", ".join(map(repr, missing))
+            names = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise InvalidInputError(f"the table lacks {names}; all columns that the model was trained on are wanted")
         parts = []
         for column in self._columns:

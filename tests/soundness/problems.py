@@ -114,7 +114,12 @@ def _random_targets(rng: np.random.Generator, X: np.ndarray, loss: str, c: int) 
     if loss in ("squared", "huber"):
         return scores * 10 ** rng.uniform(-1, 1)
     if loss == "logistic":
-        return (scores > 0.5).astype(float) if rng.random() < 0.7 else 1 / (1 + np.exp(-scores))
+        if rng.random() < 0.3:
+            return 1 / (1 + np.exp(-scores))
+        labels = (scores > np.quantile(scores, rng.uniform(0.1, 0.9), axis=0)).astype(float)
+        if rng.random() < 0.1:
+            labels[:, 0] = rng.integers(2)
+        return labels
     if rng.random() < 0.7:
         return np.eye(c)[scores.argmax(1)]
     powers = np.exp(scores - scores.max(1, keepdims=True))

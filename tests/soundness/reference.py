@@ -7,7 +7,7 @@ values and statuses are not trusted with anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -135,6 +135,14 @@ class Reference:
                 Z, intercept, nu = solution
                 best = self._take(best, Z, self.best_intercept(Z, intercept), [nu])
         return best
+
+    def dual_without_intercept(self) -> np.ndarray:
+        """Optimal dual point (n, c) of the problem without output bias: tempting, and wrong with one."""
+        plain = Reference(replace(self.instance, output_bias=False))
+        plain.beta = self.beta
+        solution = solve_primal(plain, plain.plain_loss, 1e-8)
+        gradient = plain.loss.gradient(np.zeros(self.Y.shape))
+        return plain.dual_value(gradient if solution is None else solution[2])[1]
 
     def _take(
         self, best: Interval | None, Z: np.ndarray, intercept: np.ndarray, candidates: list[np.ndarray]

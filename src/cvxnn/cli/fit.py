@@ -24,6 +24,7 @@ from cvxnn.validation import check_choice, check_integer
 __all__ = ["fit"]
 
 _TASKS = ("classification", "regression")
+_ADVICE = {"max_iter": "; raise --max-iter", "time_limit": "; raise --time-limit"}
 _TASK_HELP = (
     "'classification' or 'regression'; by default classification for texts, booleans and integers with at most "
     f"{MAX_CLASSES} distinct values, and regression for other numbers."
@@ -101,6 +102,7 @@ def fit(
     split = {"test_size": test_size, "random_state": random_state, "n_rows": len(y)} if len(test) else None
     preprocessor = TablePreprocessor(column, split)
     with data_errors():
+        TablePreprocessor(column).fit(source.frame)  # errors count the rows of the whole table
         X = preprocessor.fit(source.frame.iloc[train]).transform(source.frame)
     if number is None:
         report.say("Choosing beta by cross-validation ...")
@@ -110,6 +112,8 @@ def fit(
     report.rows(_rows(document))
     report.say()
     report.say(model.certificate_.summary())
+    if number is not None and (document["scores"]["test"] or {}).get("r2", 0.0) < 0:
+        report.say("\nOn the test rows the mean of the target predicts better; --beta auto chooses beta for new data.")
     if out is not None:
         document["files"] = _write(out, document, model, source.frame, X, y, train, test)
         report.say()
@@ -117,7 +121,7 @@ def fit(
     if not document["certified"]:
         report.warn(
             f"not certified to tol={tol:g}: training ended as {document['status']!r} at a relative duality gap of "
-            f"{model.certificate_.relative_gap:.1e}; raise --max-iter or --time-limit"
+            f"{model.certificate_.relative_gap:.1e}{_ADVICE.get(document['status'], '')}"
         )
     report.finish(document)
     return 0 if document["certified"] else NOT_CERTIFIED

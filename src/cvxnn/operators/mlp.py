@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -115,11 +116,11 @@ class MLPOperator(Operator):
 
     @cached_property
     def _norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.X))
+        return _frobenius(self.X)
 
     def adjoint_rounding(self, L: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
-        return 4 * self.n_samples * eps * self._norm * float(torch.linalg.vector_norm(L))
+        return 4 * self.n_samples * eps * self._norm * _frobenius(L)
 
     def apply_rounding(self, Z: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
@@ -170,3 +171,11 @@ class MLPOperator(Operator):
 
     def describe(self) -> dict[str, Any]:
         return {"architecture": self.architecture, "activation": self.activation}
+
+
+def _frobenius(matrix: torch.Tensor) -> float:
+    """Frobenius norm, without over- or underflow of the squares."""
+    largest = float(matrix.abs().max())
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * float(torch.linalg.vector_norm(matrix / largest))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, minimize
 
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
@@ -26,21 +27,27 @@ class FrankWolfeOptions:
         At most so many atoms are added per iteration, from the gates where the dual norm is largest.
     correction_iter : int
         Limit of L-BFGS-B iterations in a corrective step.
+    descent_iter : int
+        Limit of L-BFGS iterations of the local descent on all atoms at once (nuclear norm); 0 leaves
+        it out.
     """
 
     new_atoms: int = 32
     correction_iter: int = 200
+    descent_iter: int = 100
 
     def __post_init__(self) -> None:
         check_integer(self.new_atoms, "new_atoms")
         check_integer(self.correction_iter, "correction_iter")
+        check_integer(self.descent_iter, "descent_iter", minimum=0)
 
 
 class FrankWolfe(Solver):
     """Z = sum_j t_j u_j v_j^T over atoms (gate, u, v) of the unit ball, t >= 0 (Jaggi 2013).
 
-    Serves every norm, as it needs only the best atom. For the nuclear norm the atoms of a gate are
-    replaced by its singular pairs after each correction, which can only lower the objective.
+    Serves every norm, as it needs only the best atom. For the nuclear norm the atoms themselves are moved
+    too (as in sliding Frank-Wolfe; Denoyelle, Duval, Peyre, Soubies 2019) and then replaced by the singular
+    pairs of each gate, which can only lower the objective.
     """
 
     name = "frank_wolfe"
@@ -88,6 +95,8 @@ class FrankWolfe(Solver):
         self._add_atoms()
         self._correct()
         if self.problem.norm.name == "nuclear":
+            if self.options.descent_iter:
+                self._descend()
             self._set_from_blocks(self._blocks())
             self.responses = self._respond(self.gate, self.u, self.v)
         else:
@@ -105,43 +114,86 @@ class FrankWolfe(Solver):
         self.responses = torch.cat([self.responses, self._respond(chosen, -u[chosen], v[chosen])])
 
     def _correct(self) -> None:
-        """Minimise over the weights of all atoms (and the intercept) with L-BFGS-B."""
-        problem, r = self.problem, len(self.t)
+        """Minimise over the weights of all atoms, t >= 0 (and the intercept)."""
+        r = len(self.t)
         if r == 0:
             return
-        shape, device = problem.Y.shape, problem.device
 
-        def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-            variables = torch.from_numpy(x).to(device)
-            t, b = variables[:r], variables[r:]
-            predictions = (t @ self.responses).view(shape)
-            if problem.output_bias:
-                predictions = predictions + b
-            value = problem.loss.value(predictions, problem.Y64, problem.weights) + problem.beta * t.sum()
-            gradient = problem.loss.gradient(predictions, problem.Y64, problem.weights)
-            parts = [self.responses @ gradient.flatten() + problem.beta]
-            if problem.output_bias:
-                parts.append(gradient.sum(0))
-            return float(value), torch.cat(parts).cpu().numpy()
+        def objective(t: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            value, gradient = self._loss((t @ self.responses).view(self.problem.Y.shape) + b)
+            slope = self.responses @ gradient.flatten() + self.problem.beta
+            return value + self.problem.beta * t.sum(), [slope, gradient.sum(0)]
 
-        start = self.t.cpu().numpy()
-        bounds: list[tuple[float | None, float | None]] = [(0.0, None)] * r
-        if problem.output_bias:
-            start = np.concatenate([start, self.intercept.cpu().numpy()])
-            bounds = bounds + [(None, None)] * shape[1]
-        settings = {"maxiter": self.options.correction_iter, "ftol": 1e-15, "gtol": 1e-9 * problem.beta}
-        solution = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=settings)
-        self.t = torch.from_numpy(np.maximum(solution.x[:r], 0.0)).to(device)
-        if problem.output_bias:
-            self.intercept = torch.from_numpy(solution.x[r:]).to(device)
+        t, b = self._minimise(objective, [self.t, self.intercept], self.options.correction_iter, n_positive=r)
+        self.t, self.intercept = t.clamp_min(0.0), b
+
+    def _descend(self) -> None:
+        """Minimise over balanced factors of all atoms (and the intercept), a smooth local descent."""
+        if len(self.t) == 0:
+            return
+        gate, beta = self.gate, self.problem.beta
+
+        def objective(
+            u: torch.Tensor, v: torch.Tensor, b: torch.Tensor
+        ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            value, gradient = self._loss(self.op.apply(self._assemble(u, v)) + b)
+            blocks = self.op.adjoint(gradient)[gate]
+            left = torch.bmm(blocks, v.unsqueeze(2)).squeeze(2) + beta * u
+            right = torch.bmm(blocks.mT, u.unsqueeze(2)).squeeze(2) + beta * v
+            penalty = beta / 2 * (u.square().sum() + v.square().sum())
+            return value + penalty, [left, right, gradient.sum(0)]
+
+        # Atoms of weight zero are saddle points of the factors: they start with a little weight.
+        root = self.t.clamp_min(1e-6 * float(self.t.max()) if float(self.t.max()) > 0 else 1e-6).sqrt().unsqueeze(1)
+        start = [root * self.u, root * self.v, self.intercept]
+        u, v, self.intercept = self._minimise(objective, start, self.options.descent_iter)
+        self.u, self.v, self.t = u, v, torch.ones_like(self.t)
+
+    def _loss(self, predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        problem = self.problem
+        value = problem.loss.value(predictions, problem.Y64, problem.weights)
+        return value, problem.loss.gradient(predictions, problem.Y64, problem.weights)
+
+    def _minimise(
+        self, objective: Callable[..., Any], start: list[torch.Tensor], limit: int, n_positive: int = 0
+    ) -> list[torch.Tensor]:
+        """L-BFGS-B over a list of tensors, the last of them the intercept, the first entries >= 0."""
+        device = self.problem.device
+        sizes = [part.numel() for part in start]
+
+        def split(x: np.ndarray) -> list[torch.Tensor]:
+            flat = torch.from_numpy(x).to(device).split(sizes)
+            return [part.view_as(like) for part, like in zip(flat, start, strict=True)]
+
+        def flat_objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slopes = objective(*split(x))
+            if not self.problem.output_bias:
+                slopes[-1] = torch.zeros_like(slopes[-1])
+            return float(value), torch.cat([part.flatten() for part in slopes]).cpu().numpy()
+
+        lower = np.full(sum(sizes), -np.inf)
+        lower[:n_positive] = 0.0
+        solution = minimize(
+            flat_objective,
+            torch.cat([part.flatten() for part in start]).cpu().numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=Bounds(lower, np.inf),
+            options={"maxiter": limit, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9 * self.problem.beta},
+        )
+        return split(solution.x)
 
     def _keep(self, kept: torch.Tensor) -> None:
         self.gate, self.u, self.v = self.gate[kept], self.u[kept], self.v[kept]
         self.t, self.responses = self.t[kept], self.responses[kept]
 
     def _blocks(self) -> torch.Tensor:
+        return self._assemble(self.t[:, None] * self.u, self.v)
+
+    def _assemble(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Blocks Z_k, the sums of u_j v_j^T over the atoms of gate k."""
         Z = self.problem.Y64.new_zeros(self.op.block_shape)
-        return Z.index_add(0, self.gate, (self.t[:, None] * self.u)[:, :, None] * self.v[:, None, :])
+        return Z.index_add(0, self.gate, u.unsqueeze(2) * v.unsqueeze(1))
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Balanced factors, padded with zero columns: the atoms are the value of an inexact norm."""

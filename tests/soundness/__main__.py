@@ -1,0 +1,128 @@
+"""Check many random problems: ``python -m tests.soundness --problems 300 --seed 0 --jobs 2 [--json]``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.soundness.check import Report, check_problem, set_threads
+from tests.soundness.tamper import TAMPERINGS
+
+#: Relative width from which an interval is counted as wide.
+WIDE = 1e-6
+_SHOWN = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status is 1 where a certificate is contradicted."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soundness", description=__doc__)
+    parser.add_argument("--problems", type=int, default=300, help="how many (300)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sequence of problems (0)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
+    parser.add_argument("--tamper", choices=TAMPERINGS, help="make this mistake on purpose")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    indices = range(given.first, given.first + given.problems)
+    with Progress(
+        TextColumn("soundness"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task("", total=len(indices))
+        reports = []
+        for report in run(given.seed, indices, given.jobs, given.tamper):
+            reports.append(report)
+            violations = sum(len(report.violations) for report in reports)
+            progress.update(task, advance=1, description=f"{violations} violations")
+    reports.sort(key=lambda report: report.index)
+    summary = summarise(reports) | {"seed": given.seed, "seconds": round(time.perf_counter() - begin, 1)}
+    if given.json:
+        details = [dataclasses.asdict(report) for report in reports]
+        print(json.dumps(summary | {"problems_detail": details}, default=float))
+    else:
+        show(reports, summary)
+    return 1 if summary["violations"] else 0
+
+
+def run(seed: int, indices: range, jobs: int, tamper: str | None) -> Iterator[Report]:
+    """Reports as they are done, in `jobs` processes."""
+    if jobs <= 1:
+        set_threads()
+        for index in indices:
+            yield check_problem(seed, index, tamper)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=set_threads) as pool:
+        futures = [pool.submit(check_problem, seed, index, tamper) for index in indices]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def summarise(reports: list[Report]) -> dict[str, Any]:
+    """The numbers over all problems."""
+    return {
+        "problems": len(reports),
+        "certificates": sum(report.n_certificates for report in reports),
+        "violations": sum(len(report.violations) for report in reports),
+        "wide_intervals": sum(report.relative_width > WIDE for report in reports),
+        "widest_interval": max((report.relative_width for report in reports), default=0.0),
+        "worst_lower_margin": max((report.lower_margin for report in reports), default=0.0),
+        "worst_primal_margin": max((report.primal_margin for report in reports), default=0.0),
+    }
+
+
+def show(reports: list[Report], summary: dict[str, Any]) -> None:
+    """Tables for people."""
+    console = Console()
+    table = Table(title=f"Certificates against independent intervals, seed {summary['seed']}")
+    for name in ("loss", "reduction", "output bias"):
+        table.add_column(name)
+    columns = ("problems", f"wider than {WIDE:g}", "certificates", "violations", "lower margin", "primal margin")
+    for name in columns:
+        table.add_column(name, justify="right")
+    groups = sorted({(report.loss, report.reduction, report.output_bias) for report in reports})
+    for loss, reduction, bias in groups:
+        chosen = [r for r in reports if (r.loss, r.reduction, r.output_bias) == (loss, reduction, bias)]
+        table.add_row(loss, reduction, "yes" if bias else "no", *_cells(summarise(chosen)))
+    table.add_section()
+    table.add_row("all", "", "", *_cells(summary))
+    console.print(table)
+    console.print("Margins are relative: how far the worst certificate is beyond the interval (wrong if > 1e-9).")
+    wide = [report for report in reports if report.relative_width > WIDE]
+    for report in wide:
+        console.print(f"problem {report.index} ({report.loss}): relative width {report.relative_width:.1e}")
+    violations = [violation for report in reports for violation in report.violations]
+    for violation in violations[:_SHOWN]:
+        console.print(
+            f"problem {violation.index}, {violation.point}: not {violation.statement!r}, off by {violation.excess:.2e}",
+            style="red",
+        )
+    if len(violations) > _SHOWN:
+        console.print(f"... and {len(violations) - _SHOWN} more", style="red")
+    console.print(f"{summary['seconds']} seconds")
+
+
+def _cells(summary: dict[str, Any]) -> list[str]:
+    counts = [str(summary[name]) for name in ("problems", "wide_intervals", "certificates", "violations")]
+    return [*counts, f"{summary['worst_lower_margin']:.1e}", f"{summary['worst_primal_margin']:.1e}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
