@@ -1,4 +1,4 @@
-"""Measures the table of peers in the README: python docs/peers.py [--repeats 3]
+"""Measures the table of peers in the README: OMP_NUM_THREADS=1 python docs/peers.py [--repeats 3]
 
 Spiral: one convex problem (150 samples, 100 gates drawn, hidden bias, beta = 1e-3 for the mean squared loss), and
 the seconds until the relative gap to its optimum is at most 1e-4. Digits: 1,347 training and 450 test samples,
@@ -10,6 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def spiral_rows(repeats: int) -> None:
     problem = cvxnn.mlp_problem(X, y, n_gates=100, beta=1e-3, hidden_bias=True, random_state=0)
     optimum = cvxnn.solve(problem, "interior_point", tol=1e-8).certificate.lower_bound
     for solver in ("admm", "interior_point"):
-        seconds, result = timed(lambda name=solver: cvxnn.solve(problem, name, tol=TOL), repeats)
+        seconds, result = timed(partial(cvxnn.solve, problem, solver, tol=TOL), repeats)
         print(f"spiral  {solver:16s} {seconds:8.3f} s  {result}")
     seconds, gap = train_by_adam(problem, optimum)
     print(f"spiral  {'adam':16s} {seconds:8.3f} s  relative gap {gap:.1e}, known from interior point")
@@ -79,7 +80,7 @@ def digits_rows(repeats: int) -> None:
     for name, model in models.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            seconds, _ = timed(lambda model=model: model.fit(train_X, train_y), repeats)
+            seconds, _ = timed(partial(model.fit, train_X, train_y), repeats)
         accuracy = float(np.mean(model.predict(test_X) == test_y))
         proven = getattr(model, "certificate_", None)
         gap = "no certificate" if proven is None else f"relative gap {proven.relative_gap:.1e}"

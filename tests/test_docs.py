@@ -20,7 +20,8 @@ NOT_RUN = ("make", "pip", "python")
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-HEADING = re.compile(r"^#+ (.+?)(?: \{: #([\w-]+) \})?$", re.MULTILINE)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+TABLE = re.compile(r"(?:^\|.*\|\n)+", re.MULTILINE)
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|tmp|work|Users|mnt|opt|var)/|[A-Z]:\\")
 
 
@@ -72,12 +73,9 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 
 def anchors(text):
-    """The anchors that headings make, given ones included."""
-    names = set()
-    for title, given in HEADING.findall(text):
-        slug = re.sub(r"[^\w\s-]", "", title.replace("`", "")).strip().lower()
-        names.add(given or re.sub(r"[\s]+", "-", slug))
-    return names
+    """The anchors that headings make."""
+    titles = HEADING.findall(BLOCK.sub("", text))
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 
 @over_pages
@@ -94,6 +92,13 @@ def test_links(page):
             assert anchor in anchors(other.read_text(encoding="utf-8")), (
                 f"{page.name} links to {target}: no such heading"
             )
+
+
+@over_pages
+def test_rows_of_a_table_have_the_same_cells(page):
+    for table in TABLE.findall(page.read_text(encoding="utf-8")):
+        rows = table.splitlines()
+        assert len({row.count("|") for row in rows}) == 1, rows[0]
 
 
 @over_pages

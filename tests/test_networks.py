@@ -190,6 +190,7 @@ def test_balanced_factors():
         assert torch.allclose(U[:, index == k] @ V[:, index == k].T, Z[k], atol=1e-13)
 
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
@@ -229,6 +230,23 @@ def test_onnx_gates_are_compared_in_float64(tmp_path):
     x = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0], [2.0, 1.0]], dtype=np.float32)
     found = run_onnx(cvxnn.export_onnx(network, tmp_path / "a.onnx"), x)
     assert found.ravel().tolist() == [0.0, 0.0, -2.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize("sample_dtype", [torch.float32, torch.float64])
+def test_onnx_gates_on_their_boundary(tmp_path, sample_dtype):
+    gates, double = torch.tensor([[1.0], [-1.0]]).double(), {"dtype": torch.float64}
+    weights = (torch.ones(2, 1, **double), torch.ones(1, 1, **double), torch.zeros(1, **double))
+    network = TwoLayerNetwork(*weights, gates, torch.tensor([0]), sample_dtype=sample_dtype)
+    x = np.array([[1.0, 1.0], [1.0, 1 + 1e-9], [1.0, 2.0]])
+    active = [True, sample_dtype == torch.float32, False]
+    found = run_onnx(cvxnn.export_onnx(network, tmp_path / "a.onnx"), x)
+    for outputs in (found, network(torch.from_numpy(x)).detach().numpy()):
+        assert (outputs.ravel() > 0).tolist() == active
+
+
+def test_onnx_without_neurons_has_no_empty_products(tmp_path, results):
+    path = cvxnn.export_onnx(results["zero_biases", "float64"].network(), tmp_path / "a.onnx")
+    assert "MatMul" not in {node.op_type for node in onnx.load(path).graph.node}
 
 
 def test_onnx_of_estimators(tmp_path):

@@ -18,7 +18,7 @@ def pixels(path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     image = matplotlib.image.imread(path)
     assert min(image.shape[:2]) >= 400
-    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10
+    assert len(np.unique(image[::3, ::3, 0])) > 10
     return image
 
 
@@ -34,8 +34,9 @@ def test_gap(model, tmp_path):
     pixels(path)
 
 
-@pytest.mark.parametrize("gaps", [[], [math.inf], [0.0], [math.inf, 1.0, 0.0], [1e-3]])
-@pytest.mark.parametrize("tol", [None, 0.0, 1e-4])
+@pytest.mark.parametrize(
+    ("gaps", "tol"), [([], None), ([math.inf], 1e-4), ([0.0], 0.0), ([0.0], None), ([math.inf, 1.0, 0.0], 1e-4)]
+)
 def test_gap_of_odd_traces(gaps, tol, tmp_path):
     trace = [{"seconds": float(i), "relative_gap": gap} for i, gap in enumerate(gaps)]
     pixels(plotting.plot_gap(trace, tmp_path / "gap.png", tol=tol))

@@ -173,7 +173,8 @@ def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> D
     nu, exponent = _normalised(_in_domain(problem, nu))
     blocks = op.adjoint(nu)
     n, c = nu.shape
-    lower, upper = problem.norm.dual(blocks, op.adjoint_rounding(nu) * (1 + c / n))
+    rounding = op.adjoint_rounding(nu) * (1 + c / n)
+    lower, upper = problem.norm.dual(blocks, math.inf if math.isnan(rounding) else rounding)
     q = float(upper.max()) + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
     s_max = problem.beta / q * (1 - 8 * _EPS)
@@ -347,6 +348,8 @@ def evaluate(
         raise InvalidInputError("an intercept is given, but the problem has output_bias=False")
     predictions = outputs + offset
     loss = float(problem.loss.value(predictions, problem.Y64, problem.weights))
+    if math.isnan(loss):
+        loss = math.inf
     return Evaluation(
         Z=blocks,
         factors=pair,
@@ -429,7 +432,7 @@ def _candidates(problem: Problem, dual: Any) -> list[torch.Tensor]:
 
 def _tensor(problem: Problem, value: Any, name: str) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(value).detach().to(problem.device, torch.float64)
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=problem.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"{name} cannot be read as an array of numbers: {error}") from error
     if not bool(torch.isfinite(tensor).all()):

@@ -155,7 +155,7 @@ def _write(
     stored = save(model, out / "model.safetensors")
     return [
         (gap, "how the proven gap shrank in training"),
-        (gates, "the proof, gate by gate"),
+        (gates, "the gradient of every gate, relative to beta: at an exact optimum none is above 1"),
         (confusion, "which digits were mistaken for which"),
         (stored, "the network: cvxnn.load(...).predict(pixels / 16)"),
     ]

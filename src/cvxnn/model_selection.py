@@ -126,6 +126,11 @@ class _PathCV(_ConvexMLP):
             delayed(_fold_scores)(self, data, Y, labels, weights, score_weights, split, seed) for split in splits
         )
         self.cv_scores_ = np.array(scores).T
+        if not np.isfinite(self.cv_scores_).all():
+            raise InvalidInputError(
+                "scoring gave NaN or infinity on a fold (as R^2 does for a single sample); "
+                "fewer folds or another scoring is wanted"
+            )
         self.beta_ = float(self.betas_[int(np.argmax(self.cv_scores_.mean(axis=1)))])
         self._set_result(solve(problem.with_beta(self.beta_), **self._solver_arguments()))
         return self

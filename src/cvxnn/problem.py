@@ -24,6 +24,7 @@ from cvxnn.validation import (
     check_choice,
     check_integer,
     check_positive,
+    check_range,
     check_sample_weight,
     encode_targets,
     resolve_device,
@@ -166,7 +167,7 @@ class Problem:
 
     def objective(self, Z: torch.Tensor, intercept: torch.Tensor | None = None) -> float:
         """F(A(Z) + 1 b^T) + beta * Omega(Z) in float64; the best b where none is given."""
-        Z = torch.as_tensor(Z).to(self.device, torch.float64)
+        Z = torch.as_tensor(Z, dtype=torch.float64, device=self.device)
         predictions = self.operator.double().apply(Z)
         if intercept is None:
             intercept = self.best_intercept(predictions)
@@ -190,7 +191,7 @@ def _choose_gates(
         found = enumerate_gates(X) if max_cells is None else enumerate_gates(X, max_cells=max_cells)
         scope = "all_gates"
     elif gates is not None:
-        found = as_matrix(gates, "gates")
+        found = as_matrix(gates, "gates").copy()
         if len(found) != X.shape[1]:
             extra = " (the last for the hidden bias)" if hidden_bias else ""
             raise InvalidInputError(f"gates has {len(found)} rows; {X.shape[1]}{extra}, one per feature, are wanted")
@@ -314,10 +315,10 @@ def mlp_problem(
     sample_weights = check_sample_weight(sample_weight, len(data))
     if hidden_bias:
         data = np.hstack([data, np.ones((len(data), 1))])
-    tensor = torch.from_numpy(data).to(torch_dtype)
-    Y_tensor = torch.from_numpy(targets).to(torch_dtype)
-    if not (torch.isfinite(tensor).all() and torch.isfinite(Y_tensor).all()):
-        raise InvalidInputError("X or Y overflows in float32; use dtype='float64' or rescale the data")
+    tensor = torch.from_numpy(data).to(torch_dtype, copy=True)
+    Y_tensor = torch.from_numpy(targets).to(torch_dtype, copy=True)
+    check_range(tensor, "X")
+    check_range(Y_tensor, "Y", squares_count=True)
     loss_object.check_targets(Y_tensor)
 
     gate_vectors = pattern_tensor = None

@@ -16,6 +16,7 @@ __all__ = [
     "check_choice",
     "check_integer",
     "check_positive",
+    "check_range",
     "check_sample_weight",
     "encode_targets",
     "resolve_device",
@@ -117,7 +118,10 @@ def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | Non
     1-D integers, booleans or strings are class labels (one-hot, a column per class in sorted order);
     1-D floats are one regression output; 2-D is taken as it is.
     """
-    array = _to_numpy(Y)
+    try:
+        array = _to_numpy(Y)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"Y cannot be read as an array: {error}") from error
     if array.ndim == 2:
         return as_matrix(array, "Y", n_rows=n_samples), None
     if array.ndim != 1:
@@ -137,6 +141,17 @@ def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | Non
     return np.eye(len(classes))[index], classes
 
 
+def check_range(values: torch.Tensor, name: str, *, squares_count: bool = False) -> None:
+    """Refuse finite numbers whose squares overflow in their type or, where these count, underflow in float64."""
+    largest = float(values.abs().max())
+    kind = str(values.dtype).removeprefix("torch.")
+    seen = f"{name} has entries of up to {largest:g}, whose squares"
+    if largest > math.sqrt(torch.finfo(values.dtype).max / values.numel()):
+        raise InvalidInputError(f"{seen} overflow in {kind}; rescale it")
+    if squares_count and 0 < largest < 1e-145:
+        raise InvalidInputError(f"{seen} underflow; rescale it")
+
+
 def check_sample_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
     """Return the weights as a float64 vector; ones where None."""
     if sample_weight is None:
@@ -147,6 +162,8 @@ def check_sample_weight(sample_weight: Any, n_samples: int) -> np.ndarray:
         raise InvalidInputError(f"sample_weight cannot be read as numbers: {error}") from error
     if weights.shape != (n_samples,):
         raise InvalidInputError(f"sample_weight has shape {weights.shape}; ({n_samples},) is wanted")
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
-        raise InvalidInputError("sample_weight must be finite, non-negative and not all zero")
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not np.isfinite(total) or (weights < 0).any() or total <= 0:
+        raise InvalidInputError("sample_weight must be finite (its sum too), non-negative and not all zero")
     return weights

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.soundness.check import Report, check_problem, set_threads
+from tests.soundness.check import TOLERANCE, Report, check_problem, set_threads
 from tests.soundness.tamper import TAMPERINGS
 
 #: Relative width from which an interval is counted as wide.
@@ -91,11 +92,12 @@ def summarise(reports: list[Report]) -> dict[str, Any]:
 def show(reports: list[Report], summary: dict[str, Any]) -> None:
     """Tables for people."""
     console = Console()
-    table = Table(title=f"Certificates against independent intervals, seed {summary['seed']}")
+    if not console.is_terminal:
+        console = Console(width=120)
+    table = Table(title=f"Certificates against independent intervals, seed {summary['seed']}", box=box.SIMPLE)
     for name in ("loss", "reduction", "output bias"):
         table.add_column(name)
-    columns = ("problems", f"wider than {WIDE:g}", "certificates", "violations", "lower margin", "primal margin")
-    for name in columns:
+    for name in ("problems", "wide", "certificates", "violations", "lower margin", "primal margin"):
         table.add_column(name, justify="right")
     groups = sorted({(report.loss, report.reduction, report.output_bias) for report in reports})
     for loss, reduction, bias in groups:
@@ -104,7 +106,10 @@ def show(reports: list[Report], summary: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all", "", "", *_cells(summary))
     console.print(table)
-    console.print("Margins are relative: how far the worst certificate is beyond the interval (wrong if > 1e-9).")
+    console.print(f"wide: the interval is wider than {WIDE:g}, relative to the optimal value")
+    console.print(
+        f"margins: relative distance of the worst certificate beyond the interval (wrong above {TOLERANCE:g})"
+    )
     wide = [report for report in reports if report.relative_width > WIDE]
     for report in wide:
         console.print(f"problem {report.index} ({report.loss}): relative width {report.relative_width:.1e}")

@@ -54,13 +54,13 @@ class Report:
     violations: list[Violation] = field(default_factory=list)
 
 
-def check_problem(seed: int, index: int, tamper: str | None = None) -> Report:
+def check_problem(seed: int, index: int, tamper: str | None = None, small: bool = False) -> Report:
     """Check problem number `index` of a seed: at solutions, iterates, random points and near the optimum.
 
     `tamper` names a deliberate mistake of `tests.soundness.tamper`, made in the certificates only.
     """
     begin = time.perf_counter()
-    instance = random_instance(seed, index)
+    instance = random_instance(seed, index, small)
     report = Report(index, instance.loss, instance.reduction, instance.output_bias, instance.norms)
     checker = _Checker(instance, report)
     with tampered(tamper):

@@ -21,18 +21,23 @@ Solution = tuple[np.ndarray, np.ndarray, np.ndarray] | None
 
 
 def solve_primal(reference: Reference, scale: float, tolerance: float) -> Solution:
-    """minimise F(T) + beta Omega(Z), T = A(Z) + 1 b^T, with the objective divided by `scale`."""
+    """minimise F(T) + beta Omega(Z), T = A(Z) + 1 b^T, with the objective divided by `scale`.
+
+    The variables are Z times the size of the features.
+    """
     P, d, c = reference.block_shape
+    size = _size(reference.features)
     Z = [cp.Variable((d, c)) for _ in range(P)]
     T = cp.Variable(reference.Y.shape)
     b = cp.Variable((1, c))
-    tie = reference.features @ cp.vstack(Z) + np.ones((len(reference.Y), 1)) @ b - T == 0
+    tie = (reference.features / size) @ cp.vstack(Z) + np.ones((len(reference.Y), 1)) @ b - T == 0
     fixed = [] if reference.instance.output_bias else [b == 0]
     penalty = cp.sum([_norm(block, reference.instance.norms) for block in Z])
-    objective = (_loss(reference, T) + reference.beta * penalty) / scale
+    objective = (_loss(reference, T) + reference.beta / size * penalty) / scale
     if not _solve(cp.Problem(cp.Minimize(objective), [tie, *fixed]), tolerance):
         return None
-    return np.array([block.value for block in Z]), b.value[0], scale * tie.dual_value
+    values = np.array([block.value for block in Z])
+    return values / size, np.asarray(b.value)[0], scale * np.asarray(tie.dual_value)
 
 
 def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution:
@@ -45,16 +50,23 @@ def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution
     nu = cp.Variable((n, c))
     blocks = [cp.Variable((d, c)) for _ in range(P)]
     features = reference.features.reshape(n, P, d)
-    ties = [features[:, k].T @ nu - reference.beta * blocks[k] == 0 for k in range(P)]
+    size = _size(features)
+    ties = [features[:, k].T / size @ nu - reference.beta / size * blocks[k] == 0 for k in range(P)]
     constraints = [_dual_norm(block, reference.instance.norms) <= 1 for block in blocks]
     centered = [cp.sum(nu, axis=0) == 0] if reference.instance.output_bias else []
     conjugate, domain = _conjugate(reference, nu)
     program = cp.Problem(cp.Minimize(conjugate / scale), [*ties, *constraints, *centered, *domain])
     if not _solve(program, tolerance):
         return None
-    Z = np.array([-scale * tie.dual_value for tie in ties])
+    Z = np.array([-scale / size * tie.dual_value for tie in ties])
     intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(c)
-    return Z, intercept, nu.value
+    return Z, intercept, np.asarray(nu.value)
+
+
+def _size(features: np.ndarray) -> float:
+    """Root mean square of the entries that are not 0."""
+    entries = features[features != 0]
+    return float(np.sqrt(np.mean(entries**2))) if len(entries) else 1.0
 
 
 def _solve(program: cp.Problem, tolerance: float) -> bool:
@@ -103,7 +115,8 @@ def _loss(reference: Reference, T: cp.Variable) -> cp.Expression:
     if name == "squared":
         return cp.sum(cp.multiply(w / 2, cp.square(T - Y)))
     if name == "huber":
-        return cp.sum(cp.multiply(w / 2, cp.huber(T - Y, reference.instance.delta)))
+        delta: Any = reference.instance.delta
+        return cp.sum(cp.multiply(w / 2, cp.huber(T - Y, delta)))
     if name == "logistic":
         return cp.sum(cp.multiply(w, cp.logistic(T))) - cp.sum(cp.multiply(w * Y, T))
     mass = reference.w * Y.sum(1)

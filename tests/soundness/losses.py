@@ -6,6 +6,7 @@ Written from the definitions, without any code of the package. Samples of weight
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import minimize
@@ -184,23 +185,30 @@ class _CrossEntropy(ReferenceLoss):
 
     def repair(self, nu: Array, centered: bool) -> Array:
         rows = nu / self.w
-        Q = np.maximum(self.Y + rows, 0)
-        Q = Q * (self.mass / Q.sum(1, keepdims=True))
+        Q = self._normalise(np.maximum(self.Y + rows, 0), self.Y)
         if not centered:
             return self.w * (Q - self.Y)
-        Q = Q * (self.frequencies > 0)
-        Q = Q * (self.mass / np.maximum(Q.sum(1, keepdims=True), np.finfo(float).tiny))
         inner = self.mass * self.frequencies
+        Q = self._normalise(Q * (self.frequencies > 0), inner)
         weight = self.w * self.mass
         excess = (self.w * (Q - self.Y)).sum(0) / weight.sum()
         Q = Q - self.mass * excess
         share = min(1, _share(Q, inner)[:, self.frequencies > 0].max())
         return self.w * ((1 - share) * Q + share * inner - self.Y)
 
+    def _normalise(self, Q: Array, otherwise: Array) -> Array:
+        """Rows Q >= 0 brought to the sums of the targets; rows that are 0 replaced."""
+        total = Q.sum(1, keepdims=True)
+        return np.where(total > 0, Q * (self.mass / np.where(total > 0, total, 1)), otherwise)
+
 
 def make_loss(name: str, Y: Array, w: Array, delta: float) -> ReferenceLoss:
     """The loss of a name, for targets Y (n, c) and positive weights w (n,)."""
     if name == "huber":
         return _Huber(Y, w, delta)
-    kinds = {"squared": _Squared, "logistic": _Logistic, "cross_entropy": _CrossEntropy}
+    kinds: dict[str, Callable[[Array, Array], ReferenceLoss]] = {
+        "squared": _Squared,
+        "logistic": _Logistic,
+        "cross_entropy": _CrossEntropy,
+    }
     return kinds[name](Y, w)

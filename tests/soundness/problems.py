@@ -47,17 +47,19 @@ class Instance:
         return self.X @ self.gates >= 0
 
 
-def random_instance(seed: int, index: int) -> Instance:
+def random_instance(seed: int, index: int, small: bool = False) -> Instance:
     """Problem number `index` of the sequence of `seed`.
 
     The losses, reductions and the output bias go round, so that every combination comes up in 16 problems;
-    everything else is drawn.
+    everything else is drawn. `small` ones have at most 25 samples, 4 features, 3 outputs and 6 gates, the
+    others 80, 8, 5 and 30.
     """
     rng = np.random.default_rng([seed, index])
     loss = LOSSES[index % 4]
     reduction = ("mean", "sum")[index // 4 % 2]
-    n, d = int(rng.integers(5, 81)), int(rng.integers(1, 9))
-    c = int(rng.integers(2 if loss == "cross_entropy" else 1, 6))
+    most_samples, most_features, most_outputs, most_gates = (25, 4, 3, 6) if small else (80, 8, 5, 30)
+    n, d = int(rng.integers(5, most_samples + 1)), int(rng.integers(1, most_features + 1))
+    c = int(rng.integers(2 if loss == "cross_entropy" else 1, most_outputs + 1))
     X, traits = _random_data(rng, n, d)
     dtype = "float32" if rng.random() < 0.15 else "float64"
     X = X.astype(dtype).astype(np.float64)
@@ -69,7 +71,7 @@ def random_instance(seed: int, index: int) -> Instance:
         index=index,
         X=X,
         Y=Y,
-        gates=None if rng.random() < 0.15 else _random_gates(rng, X),
+        gates=None if rng.random() < 0.15 else _random_gates(rng, X, most_gates),
         loss=loss,
         delta=float(10 ** rng.uniform(-1, 1)),
         reduction=reduction,
@@ -100,7 +102,7 @@ def _random_data(rng: np.random.Generator, n: int, d: int) -> tuple[np.ndarray, 
     if rng.random() < 0.3:
         X[rng.integers(n, size=1 + n // 8)] = 0
         traits.append("zero rows")
-    if rng.random() < 0.2:
+    if d > 1 and rng.random() < 0.2:
         X[:, -1] = 1
         traits.append("column of ones")
     return X, traits
@@ -134,9 +136,9 @@ def _random_weights(rng: np.random.Generator, n: int) -> np.ndarray:
     return weights
 
 
-def _random_gates(rng: np.random.Generator, X: np.ndarray) -> np.ndarray:
+def _random_gates(rng: np.random.Generator, X: np.ndarray, most: int) -> np.ndarray:
     """Normal gates, some of them copies, and now and then the gate 0, which is active everywhere."""
-    gates = rng.normal(size=(X.shape[1], int(rng.integers(1, 31))))
+    gates = rng.normal(size=(X.shape[1], int(rng.integers(1, most + 1))))
     if rng.random() < 0.2:
         gates[:, -1] = gates[:, 0]
     if rng.random() < 0.1:

@@ -101,8 +101,10 @@ class Reference:
 
     @cached_property
     def beta(self) -> float:
-        """beta of the problem."""
-        return self.instance.fraction * self.beta_max if self.beta_max > 0 else 1.0
+        """beta of the problem; 1 where Z = 0 is optimal for every beta, up to rounding."""
+        gradient = self.loss.gradient(np.zeros(self.Y.shape)).astype(float)
+        rounding = 1e-12 * np.linalg.norm(self.features) * np.linalg.norm(gradient)
+        return self.instance.fraction * self.beta_max if self.beta_max > rounding else 1.0
 
     def dual_value(self, candidate: np.ndarray) -> tuple[float, np.ndarray]:
         """A lower bound of p* from any candidate (n, c), and the feasible point that proves it."""

@@ -46,8 +46,7 @@ def _cvxnn(
 ) -> None:
     """Two-layer neural networks trained to a certified distance from the global optimum."""
     if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
-        raise typer.Exit(WRONG_USE)
+        raise InvalidInputError("the command is missing; 'cvxnn --help' lists them")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,10 +66,10 @@ def certify(
     source = open_source(data)
     remembered = getattr(getattr(trained, "preprocessor_", None), "target", None)
     column = source.choose_target(target, remembered)
+    X = np.asarray(features_of(trained, source.frame, column))
+    Y = _target_matrix(trained, source.frame[column])
     chosen, part = _choose_rows(trained, source, column, rows)
-    frame = source.frame.iloc[chosen]
-    X = features_of(trained, frame, column)
-    Y = _target_matrix(trained, frame[column])
+    X, Y = X[chosen], Y[chosen]
     certificate = certify_model(trained, X, Y, beta=beta, loss=loss or trained.loss, reduction=reduction)
     certified = certificate.relative_gap <= tol
     document = {

@@ -173,8 +173,8 @@ def load_model(path: str) -> Any:
     return model
 
 
-def features_of(model: Any, frame: pd.DataFrame, target: str | None) -> np.ndarray:
-    """The matrix that a model is to see, (n, n_features)."""
+def features_of(model: Any, frame: pd.DataFrame, target: str | None) -> np.ndarray | pd.DataFrame:
+    """What a model is to see, (n, n_features); with column names where it was fitted to some."""
     with data_errors():
         if hasattr(model, "preprocessor_"):
             return model.preprocessor_.transform(frame)
@@ -184,7 +184,8 @@ def features_of(model: Any, frame: pd.DataFrame, target: str | None) -> np.ndarr
             raise DataError(f"the table lacks the columns {', '.join(map(repr, missing))}")
         if len(names) != model.n_features_in_:
             raise DataError(f"the table has {len(names)} feature columns; {model.n_features_in_} are wanted")
-        return np.column_stack([number_values(name, frame[name]) for name in names])
+        table = pd.DataFrame({name: number_values(name, frame[name]) for name in names})
+        return table if hasattr(model, "feature_names_in_") else table.to_numpy()
 
 
 def label_indices(model: Any, series: pd.Series) -> np.ndarray:
@@ -194,7 +195,7 @@ def label_indices(model: Any, series: pd.Series) -> np.ndarray:
         return np.array([known.get(text, -1) for text in text_values(str(series.name), series)])
 
 
-def scores(model: Any, X: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def scores(model: Any, X: Any, y: np.ndarray) -> dict[str, float]:
     """Accuracy, or R^2 and root mean squared error; `y` are labels or numbers."""
     predicted = model.predict(X)
     if is_classifier(model):

@@ -98,11 +98,12 @@ def fit(
     column = source.choose_target(target)
     fallback = source.task if target is None else None
     y, task = target_values(source.frame[column], task or fallback)
+    with data_errors():
+        TablePreprocessor(column).fit(source.frame)  # errors count the rows of the whole table
     train, test = split_rows(y, task, test_size, random_state)
     split = {"test_size": test_size, "random_state": random_state, "n_rows": len(y)} if len(test) else None
     preprocessor = TablePreprocessor(column, split)
     with data_errors():
-        TablePreprocessor(column).fit(source.frame)  # errors count the rows of the whole table
         X = preprocessor.fit(source.frame.iloc[train]).transform(source.frame)
     if number is None:
         report.say("Choosing beta by cross-validation ...")

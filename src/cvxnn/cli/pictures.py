@@ -39,7 +39,7 @@ def draw_pictures(
     return names
 
 
-def draw_scores(path: Path, model: Any, X: np.ndarray, y: np.ndarray, part: str) -> str:
+def draw_scores(path: Path, model: Any, X: Any, y: np.ndarray, part: str) -> str:
     """Confusion matrix or residuals; the file's name."""
     draw = plotting.plot_confusion if is_classifier(model) else plotting.plot_residuals
     return draw(y, model.predict(X), path, part=part).name

@@ -78,7 +78,7 @@ def _target_column(model: Any, frame: pd.DataFrame, asked: str | None) -> str | 
     return remembered if remembered in frame.columns else None
 
 
-def predictions_table(model: Any, X: np.ndarray) -> pd.DataFrame:
+def predictions_table(model: Any, X: Any) -> pd.DataFrame:
     """A column with the predictions, and for a classifier one per class with its probability."""
     table = pd.DataFrame({"prediction": model.predict(X)})
     if is_classifier(model):

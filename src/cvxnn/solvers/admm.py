@@ -151,7 +151,9 @@ class Admm(Solver):
             self._squared_step()
         else:
             self._general_step()
-        if self.options.adapt and self.iteration >= self.next_adaptation:
+        # The residuals of an extrapolated point, not yet found good, say nothing about the penalties.
+        settled = self.anderson is None or not self.anderson.pending
+        if self.options.adapt and settled and self.iteration >= self.next_adaptation:
             self.next_adaptation = int(1.5 * self.iteration) + 5
             self._adapt()
 

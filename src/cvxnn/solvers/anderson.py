@@ -35,6 +35,11 @@ class Anderson:
         self._steps: torch.Tensor | None = None
         self._fallback: tuple[torch.Tensor, float] | None = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether the last point was extrapolated, and may be taken back by the next call."""
+        return self._fallback is not None
+
     def state(self) -> dict[str, Any]:
         """Everything that the next steps depend on."""
         state: dict[str, Any] = {"count": self._count, "used": self._used}

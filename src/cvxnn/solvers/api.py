@@ -113,6 +113,8 @@ def solve(
     lacking = kind.unsupported(problem)
     if lacking is not None:
         raise UnsupportedError(f"solver {name!r} cannot serve this problem: {lacking}")
+    if not isinstance(callbacks, Iterable) or not all(callable(callback) for callback in callbacks):
+        raise InvalidInputError("callbacks holds something that cannot be called; a sequence of functions is wanted")
     if resume and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
     return run(
@@ -132,17 +134,19 @@ def _as_iterate(problem: Problem, init: Any) -> Iterate | None:
     if init is None:
         return None
     intercept = dual = None
+    if isinstance(init, tuple) and len(init) != 2:
+        raise InvalidInputError(f"init is a tuple of {len(init)}; a pair (U, V), blocks or a Result is wanted")
     if isinstance(init, Result):
         blocks: Any = init.Z
         if init.problem.Y.shape == problem.Y.shape:
             dual = init.dual
-    elif isinstance(init, tuple):
-        U, V = (torch.as_tensor(part) for part in init)
-        blocks = U @ V.mT
     else:
         blocks = init
     try:
-        Z = torch.as_tensor(blocks).detach().to(problem.device, problem.dtype)
+        if isinstance(init, tuple):
+            U, V = (torch.as_tensor(part, dtype=torch.float64) for part in init)
+            blocks = U @ V.mT
+        Z = torch.as_tensor(blocks, dtype=problem.dtype, device=problem.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"init cannot be read as blocks or factors: {error}") from error
     if tuple(Z.shape) != problem.operator.block_shape:

@@ -87,6 +87,8 @@ class Solver(ABC):
 
 def make_options(solver: type[Solver], given: dict[str, Any] | None) -> Any:
     """Build the options of a solver; an unknown name is an error that lists the known ones."""
+    if given is not None and not isinstance(given, dict):
+        raise InvalidInputError(f"solver_options is a {type(given).__name__}; a dict or None is wanted")
     names = [field.name for field in fields(solver.Options)]
     for name in given or {}:
         if name not in names:

@@ -33,6 +33,7 @@ class Saved:
     intercept: torch.Tensor
     dual: torch.Tensor | None
     solver_state: dict[str, Any]
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def fingerprint(problem: Problem, solver: Solver) -> str:
@@ -60,21 +61,24 @@ class Checkpoint:
         self._last = time.monotonic()
         if not self.path.parent.is_dir():
             raise StorageError(f"cannot write {self.path}: its folder does not exist")
+        if self.path.is_dir():
+            raise StorageError(f"cannot write {self.path}: it is a folder; the name of a file is wanted")
 
-    def save_if_due(self, iteration: int, seconds: float, best: Any) -> None:
+    def save_if_due(self, iteration: int, seconds: float, best: Any, state: dict[str, Any]) -> None:
         """Write when the interval has passed."""
         if time.monotonic() - self._last >= INTERVAL:
-            self.save(iteration, seconds, best)
+            self.save(iteration, seconds, best, state)
 
-    def save(self, iteration: int, seconds: float, best: Any) -> None:
+    def save(self, iteration: int, seconds: float, best: Any, state: dict[str, Any]) -> None:
         """Write the best point and the state of the solver in one step."""
-        state = self.solver.state()
         numbers = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
         arrays = {f"state.{k}": v.cpu().numpy() for k, v in state.items() if isinstance(v, torch.Tensor)}
         for name in ("Z", "intercept", "dual"):
             value = getattr(best, name)
             if value is not None:
                 arrays[name] = value.cpu().numpy()
+        if best.factors is not None:
+            arrays["U"], arrays["V"] = (part.cpu().numpy() for part in best.factors)
         finite = [{k: (None if v in (np.inf, -np.inf) else v) for k, v in e.items()} for e in best.trace]
         header = {
             "fingerprint": self.fingerprint,
@@ -116,4 +120,5 @@ class Checkpoint:
             intercept=tensors["intercept"],
             dual=tensors.get("dual"),
             solver_state=state,
+            factors=(tensors["U"], tensors["V"]) if "U" in tensors else None,
         )

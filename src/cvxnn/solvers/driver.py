@@ -93,6 +93,7 @@ def run(
     best = _Best()
     store = Checkpoint(checkpoint, problem, solver) if checkpoint is not None else None
     iteration, spent = 0, 0.0
+    state: dict[str, Any] | None = None
 
     def elapsed() -> float:
         return spent + time.perf_counter() - begin
@@ -110,13 +111,17 @@ def run(
                 if store is not None and resume and (saved := store.load()) is not None:
                     solver.load_state(saved.solver_state)
                     iteration, spent, best.trace = saved.iteration, saved.seconds, saved.trace
-                    best.update(problem, Iterate(saved.Z, saved.intercept, saved.dual))
+                    best.update(problem, Iterate(saved.Z, saved.intercept, saved.dual, saved.factors))
+                    state = saved.solver_state
                 next_check = _next_check(iteration, solver.check_every)
                 while True:
                     if iteration >= max_iter:
                         break
                     solver.step()
                     iteration += 1
+                    if store is not None:
+                        # Kept for Ctrl-C in the middle of the next step.
+                        state = solver.state()
                     out_of_time = time_limit is not None and elapsed() >= time_limit
                     last = out_of_time or solver.finished or iteration >= max_iter
                     if iteration < next_check and not last:
@@ -138,15 +143,15 @@ def run(
                         status = "stationary"
                     elif iteration < max_iter:
                         if store is not None:
-                            store.save_if_due(iteration, elapsed(), best)
+                            store.save_if_due(iteration, elapsed(), best, solver.state())
                         continue
                     break
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except (KeyboardInterrupt, torch.linalg.LinAlgError) as cause:
+            status = "interrupted" if isinstance(cause, KeyboardInterrupt) else "diverged"
             if best.Z is None:
                 best.update(problem, Iterate(problem.Y.new_zeros(problem.operator.block_shape)))
-        if store is not None and iteration > 0:
-            store.save(iteration, elapsed(), best)
+        if store is not None and state is not None:
+            store.save(iteration, elapsed(), best, state)
 
     if best.Z is None or best.intercept is None:
         raise InvalidInputError(

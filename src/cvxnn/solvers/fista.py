@@ -31,7 +31,7 @@ class FistaOptions:
     step_growth: float = 1.05
 
     def __post_init__(self) -> None:
-        check_positive(self.step_growth - 1, "step_growth - 1", allow_zero=True)
+        check_positive(check_positive(self.step_growth, "step_growth") - 1, "step_growth - 1", allow_zero=True)
 
 
 class Fista(Solver):

@@ -21,7 +21,7 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.validation import check_choice
 
-__all__ = ["BACKENDS", "InteriorPoint", "dense_bytes", "operator_matrix"]
+__all__ = ["BACKENDS", "InteriorPoint", "operator_matrix"]
 
 #: Names of the backends, and what installs them.
 BACKENDS = {
@@ -162,7 +162,7 @@ def _settings(backend: str, tolerance: float, time_limit: float | None) -> dict[
     return {"mosek_params": parameters, "accept_unknown": True}
 
 
-def dense_bytes(op: Operator) -> int:
+def _dense_bytes(op: Operator) -> int:
     """Memory of the map as a dense float64 matrix from vec(Z) to vec(predictions)."""
     n_gates, p, q = op.block_shape
     return 8 * n_gates * p * q * op.n_samples * op.n_outputs
@@ -174,7 +174,7 @@ def operator_matrix(op: Operator) -> sp.csr_array:
     size = n_gates * p * q
     like = torch.zeros((), dtype=op.dtype, device=op.device)
     left, right = torch.eye(p).to(like), torch.eye(q).to(like)
-    step = max(1, _CHUNK_BYTES * size // max(1, dense_bytes(op)))
+    step = max(1, _CHUNK_BYTES * size // max(1, _dense_bytes(op)))
     parts = []
     for start in range(0, size, step):
         index = torch.arange(start, min(start + step, size), device=op.device)

@@ -43,11 +43,10 @@ class Progress:
         """Show the newest entry of the trace."""
         gap = entry["relative_gap"]
         if self._bar is not None:
-            start = 1.0
-            done = math.log(start / max(min(gap, start), self.tol)) / math.log(start / self.tol)
+            done = math.log(max(min(gap, 1.0), self.tol)) / math.log(self.tol) if self.tol < 1 else 1.0
             self._bar.update(
                 self._task,
-                completed=min(1.0, max(0.0, done)) if self.tol < 1 else 1.0,
+                completed=min(1.0, max(0.0, done)),
                 iteration=entry["iteration"],
                 gap=f"{gap:.1e}",
             )

@@ -77,7 +77,7 @@ class KernelRidge(Ridge):
         scale = self._root[0] ** 2 if self._uniform else self._root * self._root.T
         system = torch.mul(self._kernel, scale / rho)
         system.diagonal().add_(1.0)
-        self._factor = torch.linalg.cholesky(system, out=system)
+        self._factor = _cholesky(system)
         if self.intercept:
             self._ones = self._root * torch.cholesky_solve(self._root, self._factor)
             self._total = self._ones.sum()
@@ -114,7 +114,7 @@ class FeatureRidge(Ridge):
         self.rho = rho
         system = self._gram.clone()
         system.diagonal().add_(rho)
-        self._factor = torch.linalg.cholesky(system, out=system)
+        self._factor = _cholesky(system)
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         if self._cached is None or self._cached[0] is not C:
@@ -130,6 +130,20 @@ class FeatureRidge(Ridge):
         if self.intercept:
             gap = gap - (self._weights * gap).sum(0) / self._total
         return self._weights * gap
+
+
+def _cholesky(system: torch.Tensor) -> torch.Tensor:
+    """Cholesky factor; where rounding has made the matrix indefinite, of one with a larger diagonal."""
+    largest = float(system.diagonal().max())
+    raised = len(system) * torch.finfo(system.dtype).eps * largest
+    factor, info = torch.linalg.cholesky_ex(system)
+    while bool(info) and 0 < raised < largest:
+        system.diagonal().add_(raised)
+        raised *= 10
+        factor, info = torch.linalg.cholesky_ex(system)
+    if bool(info):
+        raise torch.linalg.LinAlgError("the system of the quadratic step is not positive definite")
+    return factor
 
 
 def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
