@@ -15,13 +15,13 @@ import time
 
 import numpy as np
 import torch
-from machine import describe, matrix_rate
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity, profile
 
 import cvxnn
+from machine import describe, matrix_rate
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 FACTORISATIONS = ("aten::cholesky_solve", "aten::_cholesky_solve_helper", "aten::linalg_cholesky_ex")

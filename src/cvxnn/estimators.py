@@ -27,6 +27,8 @@ def project_to_simplex(outputs: np.ndarray) -> np.ndarray:
 
     By sorting (Held, Wolfe, Crowder 1974).
     """
+    # A common shift changes nothing, nor do entries more than 1 below the largest, whose projection is 0.
+    outputs = np.maximum(outputs - outputs.max(axis=1, keepdims=True), -1.0)
     descending = -np.sort(-outputs, axis=1)
     excess = np.cumsum(descending, axis=1) - 1
     rank = np.arange(1, outputs.shape[1] + 1)

@@ -133,9 +133,7 @@ class FrankWolfe(Solver):
             return
         gate, beta = self.gate, self.problem.beta
 
-        def objective(
-            u: torch.Tensor, v: torch.Tensor, b: torch.Tensor
-        ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        def objective(u: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
             value, gradient = self._loss(self.op.apply(self._assemble(u, v)) + b)
             blocks = self.op.adjoint(gradient)[gate]
             left = torch.bmm(blocks, v.unsqueeze(2)).squeeze(2) + beta * u

@@ -55,4 +55,5 @@ class Progress:
                 f"{self.name:14s} {entry['iteration']:7d} {entry['seconds']:9.2f} s  "
                 f"primal {entry['primal']:.10g}  lower {entry['lower_bound']:.10g}  gap {gap:.2e}",
                 highlight=False,
+                soft_wrap=True,
             )
