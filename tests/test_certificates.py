@@ -131,6 +131,19 @@ def test_duals_slightly_out_of_the_domain_prove_nothing_false(slope, beta):
         assert found.lower_bound <= best * (1 + 1e-13)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("output_bias", [False, True])
+def test_rounded_duals_prove_almost_as_much(loss, output_bias):
+    problem = make_problem(loss, output_bias=output_bias)
+    best = cvxnn.solve(problem, tol=1e-9)
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(best.dual.shape))
+    noise *= 1e-6 * best.dual.abs().max()
+    zero = torch.zeros_like(best.Z)
+    found = cvxnn.certify(problem, Z=zero, dual=best.dual.float().double() + noise)
+    assert found.lower_bound == pytest.approx(best.certificate.lower_bound, rel=1e-4)
+    assert found.lower_bound <= best.objective * SLACK
+
+
 def test_tiny_beta_proves_nothing_false():
     for beta in (1e-12, 1e-100, 1e-300, 5e-324):
         problem = make_problem(beta=beta, n=6)
