@@ -24,7 +24,7 @@ import cvxnn
 from machine import describe, matrix_rate
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
-FACTORISATIONS = ("aten::cholesky_solve", "aten::_cholesky_solve_helper", "aten::linalg_cholesky_ex")
+FACTORISATIONS = ("aten::linalg_solve_triangular", "aten::linalg_cholesky_ex")
 
 
 def digits(n_outputs: int) -> tuple[np.ndarray, np.ndarray]:

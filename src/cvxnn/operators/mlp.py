@@ -148,9 +148,7 @@ class MLPOperator(Operator):
     def kernel(self) -> torch.Tensor:
         K = self.X @ self.X.T
         if self._patterns is not None:
-            # Counts of common gates are small integers, exact in float32.
-            bits = self._patterns.to(torch.float32)
-            K *= bits @ bits.T
+            K *= self._mask @ self._mask.T
         return K
 
     def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -103,6 +103,7 @@ class Admm(Solver):
         step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
         self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias)
         self.iteration, self.next_adaptation = 0, 5
+        self.tolerated = self._tolerated_imbalance()
         self.anderson = Anderson(self.options.memory) if self.options.memory else None
         self.W = problem.Y.new_zeros(self.op.block_shape)
         self.U = torch.zeros_like(self.W)
@@ -132,18 +133,20 @@ class Admm(Solver):
 
         Z is taken from a lightly regularised least-squares fit, or from the warm start.
         """
-        norm = 0.0
-        if point is not None:
-            norm = float(torch.linalg.vector_norm(point.Z))
+        norm = 0.0 if point is None else float(torch.linalg.vector_norm(point.Z))
         if norm == 0:
-            scale = self.ridge.kernel_scale * float(self.weights.mean())
-            self.ridge.factor(1e-3 * scale if scale > 0 else 1.0)
-            fit = self.ridge.solve(self.W, self.problem.Y, want_residual=False)
-            norm = float(torch.linalg.vector_norm(fit.Z))
+            norm = self.ridge.fit_norm(self.problem.Y)
         if not (norm > 0 and math.isfinite(norm)):
             return self.problem.beta
         n_gates, p, q = self.op.block_shape
         return self.problem.beta * math.sqrt(n_gates * min(p, q)) / norm
+
+    def _tolerated_imbalance(self) -> float:
+        """How far residuals may be apart; further where a new factorisation costs as much as many steps."""
+        n, c, features = self.op.n_samples, self.op.n_outputs, self.op.n_features
+        factorisation = self.ridge.order**3 / 3
+        step = 4 * n * features * c + 2 * self.ridge.order**2 * c
+        return 2.0 if factorisation < 5 * step else 3.0
 
     def step(self) -> None:
         self.iteration += 1
@@ -197,10 +200,10 @@ class Admm(Solver):
 
     def _adapt(self) -> None:
         """Change penalties whose primal and dual residuals are far apart."""
-        rho_factor = _balance(self._last_Z, self.W, self._last_W, self.U)
+        rho_factor = _balance(self._last_Z, self.W, self._last_W, self.U, self.tolerated)
         sigma_factor = 1.0
         if not self.squared:
-            sigma_factor = _balance(self._last_predictions, self.T, self._last_T, self.S)
+            sigma_factor = _balance(self._last_predictions, self.T, self._last_T, self.S, self.tolerated)
         if rho_factor == 1.0 and sigma_factor == 1.0:
             return
         self.rho *= rho_factor
@@ -248,7 +251,7 @@ class Admm(Solver):
         self._refactor(not self.squared)
 
 
-def _balance(Z: torch.Tensor, W: torch.Tensor, last_W: torch.Tensor, U: torch.Tensor) -> float:
+def _balance(Z: torch.Tensor, W: torch.Tensor, last_W: torch.Tensor, U: torch.Tensor, tolerated: float) -> float:
     """Factor for a penalty from its relative primal and dual residuals; 1 where they are balanced."""
     norm = torch.linalg.vector_norm
     size = max(float(norm(Z)), float(norm(W)))
@@ -259,4 +262,4 @@ def _balance(Z: torch.Tensor, W: torch.Tensor, last_W: torch.Tensor, U: torch.Te
     if primal == 0 or dual == 0:
         return 1.0
     ratio = primal / dual
-    return 1.0 if 0.5 <= ratio <= 2 else min(max(ratio**0.6, 0.1), 10.0)
+    return 1.0 if 1 / tolerated <= ratio <= tolerated else min(max(ratio**0.6, 0.1), 10.0)

@@ -42,10 +42,14 @@ class Ridge(ABC):
     def set_weights(self, weights: torch.Tensor) -> None:
         """Change the a_i; :meth:`factor` must follow."""
 
+    @abstractmethod
+    def fit_norm(self, C: torch.Tensor) -> float:
+        """About the Frobenius norm of a lightly regularised least-squares fit to targets C."""
+
     @property
     @abstractmethod
-    def kernel_scale(self) -> float:
-        """Mean of the diagonal of the kernel."""
+    def order(self) -> int:
+        """Order of the matrix that is factored."""
 
     @abstractmethod
     def factor(self, rho: float) -> None:
@@ -64,9 +68,14 @@ class KernelRidge(Ridge):
         super().__init__(operator, weights, intercept)
 
     @property
-    def kernel_scale(self) -> float:
-        """Mean of the diagonal of the kernel."""
-        return float(self._kernel.diagonal().mean())
+    def order(self) -> int:
+        return len(self._kernel)
+
+    def fit_norm(self, C: torch.Tensor) -> float:
+        target = C - C.mean(0) if self.intercept else C
+        shift = 1e-3 * float(self._kernel.diagonal().mean())
+        fit = _conjugate_gradients(self._kernel, shift, target)
+        return float((fit * (self._kernel @ fit)).sum().clamp_min(0).sqrt())
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._root = weights.sqrt().unsqueeze(1)
@@ -79,12 +88,12 @@ class KernelRidge(Ridge):
         system.diagonal().add_(1.0)
         self._factor = _cholesky(system)
         if self.intercept:
-            self._ones = self._root * torch.cholesky_solve(self._root, self._factor)
+            self._ones = self._root * _solve(self._factor, self._root)
             self._total = self._ones.sum()
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         gap = C - self.operator.apply(B)
-        residual = self._root * torch.cholesky_solve(self._root * gap, self._factor)
+        residual = self._root * _solve(self._factor, self._root * gap)
         if self.intercept:
             residual -= self._ones * (residual.sum(0) / self._total)
         return RidgeSolution(B + self.operator.adjoint(residual) / self.rho, residual)
@@ -103,9 +112,16 @@ class FeatureRidge(Ridge):
         self._cached: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
-    def kernel_scale(self) -> float:
-        # The trace of the Gram matrix is the weighted one of the kernel.
-        return float(self._gram.diagonal().sum() / self._total)
+    def order(self) -> int:
+        return len(self._gram)
+
+    def fit_norm(self, C: torch.Tensor) -> float:
+        target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
+        # In the scale of the kernel: the mean of its diagonal is a trace over the number of samples.
+        shift = 1e-3 * float(self._gram.diagonal().sum()) / len(C)
+        return float(
+            torch.linalg.vector_norm(_conjugate_gradients(self._gram, shift, self._adjoint(self._weights * target)))
+        )
 
     def _adjoint(self, L: torch.Tensor) -> torch.Tensor:
         return self.operator.adjoint(L).reshape(self.operator.n_features, -1)
@@ -121,7 +137,7 @@ class FeatureRidge(Ridge):
             target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
             self._cached = (C, self._adjoint(self._weights * target))
         flat = self._cached[1] + self.rho * B.reshape(self.operator.n_features, -1)
-        Z = torch.cholesky_solve(flat, self._factor).view(B.shape)
+        Z = _solve(self._factor, flat).view(B.shape)
         return RidgeSolution(Z, self.residual(Z, C) if want_residual else None)
 
     def residual(self, Z: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
@@ -144,6 +160,28 @@ def _cholesky(system: torch.Tensor) -> torch.Tensor:
     if bool(info):
         raise torch.linalg.LinAlgError("the system of the quadratic step is not positive definite")
     return factor
+
+
+def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Two triangular solves; unlike ``torch.cholesky_solve`` they do not copy the factor."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def _conjugate_gradients(matrix: torch.Tensor, shift: float, right: torch.Tensor, steps: int = 8) -> torch.Tensor:
+    """A few steps towards (matrix + shift I)^-1 right, for an estimate of its size."""
+    x, residual = torch.zeros_like(right), right
+    direction, size = right, float(right.square().sum())
+    for _ in range(steps):
+        image = matrix @ direction + shift * direction
+        curvature = float((direction * image).sum())
+        if not (size > 0 and curvature > 0):
+            break
+        x = x + (size / curvature) * direction
+        residual = residual - (size / curvature) * image
+        previous, size = size, float(residual.square().sum())
+        direction = residual + (size / previous) * direction
+    return x
 
 
 def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
