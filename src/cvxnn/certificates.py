@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from cvxnn.errors import InvalidInputError
-from cvxnn.losses import CrossEntropy, Logistic
-from cvxnn.losses.softmax import balance
 from cvxnn.problem import Problem
 
 __all__ = [
@@ -170,7 +168,7 @@ def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> D
         multiplied with it.
     """
     op = problem.operator.double()
-    nu, exponent = _normalised(_in_domain(problem, nu))
+    nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
     blocks = op.adjoint(nu)
     n, c = nu.shape
     rounding = op.adjoint_rounding(nu) * (1 + c / n)
@@ -192,22 +190,6 @@ def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> D
             bound = max(bound, -conjugate - allowance)
     blocks, lower, upper = (_times_power(part, exponent) for part in (blocks, lower, upper))
     return DualBound(bound, blocks, lower, upper)
-
-
-def _in_domain(problem: Problem, nu: torch.Tensor) -> torch.Tensor:
-    """nu without what keeps its small multiples out of the domain of F*, as a rule rounding errors.
-
-    The conjugates forgive errors of a few eps. Where a bound is far below 1, so are the multiples of nu,
-    and these errors, forgiven there but counted in A*(nu), could lift it above the optimum.
-    """
-    Y = problem.Y64
-    nu = torch.where(problem.weights.unsqueeze(1) > 0, nu, 0.0)
-    if isinstance(problem.loss, CrossEntropy):
-        return balance(torch.where(Y > 0, nu, nu.clamp(min=0)), Y.argmax(1, keepdim=True))
-    if isinstance(problem.loss, Logistic):
-        nu = torch.where(Y > 0, nu, nu.clamp(min=0))
-        return torch.where(Y < 1, nu, nu.clamp(max=0))
-    return nu
 
 
 def _normalised(nu: torch.Tensor) -> tuple[torch.Tensor, int]:

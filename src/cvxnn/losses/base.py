@@ -92,6 +92,14 @@ class Loss(ABC):
         rounding.
         """
 
+    def round_to_domain(self, nu: Tensor, Y: Tensor, w: Tensor) -> Tensor:
+        """``nu`` (n, c) without what keeps its small multiples out of the domain of F*, as a rule rounding errors.
+
+        The conjugates forgive errors of a few eps. Where a bound is far below 1, so are the multiples of ``nu``,
+        and errors that are forgiven there, but count in A*(nu), could lift the bound above the optimum.
+        """
+        return used_rows(nu, w)
+
     @abstractmethod
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down; may be infinite."""

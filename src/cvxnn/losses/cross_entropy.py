@@ -175,6 +175,11 @@ class CrossEntropy(EntropyLoss):
         moved = (1 - share) * shift + share * (inner - rows.targets)
         return weighted_rows(balance(moved, rows.main), w)
 
+    def round_to_domain(self, nu: Tensor, Y: Tensor, w: Tensor) -> Tensor:
+        """Entries of classes without target mass at least 0, and rows that sum to 0."""
+        nu = used_rows(nu, w)
+        return balance(torch.where(Y > 0, nu, nu.clamp(min=0)), Y.argmax(1, keepdim=True))
+
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down.
 

@@ -154,6 +154,12 @@ class Logistic(EntropyLoss):
         share = share.clamp(max=1)
         return weighted_rows((1 - share) * shift + share * (means - targets), w)
 
+    def round_to_domain(self, nu: Tensor, Y: Tensor, w: Tensor) -> Tensor:
+        """Entries with target 0 at least 0, entries with target 1 at most 0."""
+        nu = used_rows(nu, w)
+        nu = torch.where(Y > 0, nu, nu.clamp(min=0))
+        return torch.where(Y < 1, nu, nu.clamp(max=0))
+
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down.
 
