@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -73,9 +74,11 @@ class KernelRidge(Ridge):
 
     def fit_norm(self, C: torch.Tensor) -> float:
         target = C - C.mean(0) if self.intercept else C
-        shift = 1e-3 * float(self._kernel.diagonal().mean())
-        fit = _conjugate_gradients(self._kernel, shift, target)
-        return float((fit * (self._kernel @ fit)).sum().clamp_min(0).sqrt())
+        scale = float(self._kernel.diagonal().mean())
+        if not scale > 0:
+            return 0.0
+        fit = _conjugate_gradients(self._kernel, scale, target)
+        return math.sqrt(max(0.0, float((fit * (self._kernel @ (fit / scale))).sum()))) / math.sqrt(scale)
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._root = weights.sqrt().unsqueeze(1)
@@ -117,11 +120,13 @@ class FeatureRidge(Ridge):
 
     def fit_norm(self, C: torch.Tensor) -> float:
         target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
-        # In the scale of the kernel: the mean of its diagonal is a trace over the number of samples.
-        shift = 1e-3 * float(self._gram.diagonal().sum()) / len(C)
-        return float(
-            torch.linalg.vector_norm(_conjugate_gradients(self._gram, shift, self._adjoint(self._weights * target)))
-        )
+        right = self._adjoint(self._weights * target)
+        # The mean of the kernel's diagonal is a trace over the number of samples.
+        scale, size = float(self._gram.diagonal().sum()) / len(C), float(right.abs().max())
+        if not (scale > 0 and size > 0):
+            return 0.0
+        fit = _conjugate_gradients(self._gram, scale, right / size)
+        return float(torch.linalg.vector_norm(fit)) * (size / scale)
 
     def _adjoint(self, L: torch.Tensor) -> torch.Tensor:
         return self.operator.adjoint(L).reshape(self.operator.n_features, -1)
@@ -168,12 +173,12 @@ def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _conjugate_gradients(matrix: torch.Tensor, shift: float, right: torch.Tensor, steps: int = 8) -> torch.Tensor:
-    """A few steps towards (matrix + shift I)^-1 right, for an estimate of its size."""
+def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor, steps: int = 8) -> torch.Tensor:
+    """A few steps towards (matrix / scale + 1e-3 I)^-1 right, for an estimate of its size."""
     x, residual = torch.zeros_like(right), right
     direction, size = right, float(right.square().sum())
     for _ in range(steps):
-        image = matrix @ direction + shift * direction
+        image = matrix @ (direction / scale) + 1e-3 * direction
         curvature = float((direction * image).sum())
         if not (size > 0 and curvature > 0):
             break
