@@ -1,6 +1,6 @@
 """Time and peak memory to a certified 1e-4 against n, P and c: `python benchmarks/growth.py --out results/growth`.
 
-Generated regression data (planted network with 5 gates of rank 1, noise 0.1), beta = 0.01 beta_max, squared loss, `auto`.
+Generated regression data (planted network, 5 gates of rank 1, noise 0.1), beta = 0.01 beta_max, squared loss, `auto`.
 Every point runs in a process of its own, so that its peak memory is its own; the memory of a process that only
 imports cvxnn is subtracted. Writes growth.csv and growth.png.
 """

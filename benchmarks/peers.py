@@ -2,7 +2,7 @@
 
 Spiral: one convex problem (150 samples, 100 gates drawn, hidden bias, beta = 1e-3 for the mean squared loss), and
 the seconds until the relative gap to its optimum is at most 1e-4. Digits: 1,347 training and 450 test samples,
-default settings, seconds of training and test accuracy. Scalar: the first 1,437 digits with labels +-1 (digit >= 5), 100 gates
+default settings, seconds of training and test accuracy. Scalar: 1,437 digits with labels +-1 (digit >= 5), 100 gates
 drawn, squared loss (sum), beta = 1, one convex program for cvxnn and for R-FISTA of scnn, the same gates, float64
 (where pyscnn is installed); the gap of scnn is to the optimum that cvxnn has certified. Medians over the
 repeats.

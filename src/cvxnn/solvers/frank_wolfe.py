@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from scipy.optimize import Bounds, minimize
+from threadpoolctl import threadpool_limits
 
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
@@ -171,14 +172,16 @@ class FrankWolfe(Solver):
 
         lower = np.full(sum(sizes), -np.inf)
         lower[:n_positive] = 0.0
-        solution = minimize(
-            flat_objective,
-            torch.cat([part.flatten() for part in start]).cpu().numpy(),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=Bounds(lower, np.inf),
-            options={"maxiter": limit, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9 * self.problem.beta},
-        )
+        # L-BFGS-B calls BLAS on short vectors between calls of torch; threads of both would wait for each other.
+        with threadpool_limits(limits=1, user_api="blas"):
+            solution = minimize(
+                flat_objective,
+                torch.cat([part.flatten() for part in start]).cpu().numpy(),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=Bounds(lower, np.inf),
+                options={"maxiter": limit, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9 * self.problem.beta},
+            )
         return split(solution.x)
 
     def _keep(self, kept: torch.Tensor) -> None:
