@@ -339,13 +339,6 @@ def test_nested_lists_are_read_in_double_precision():
     assert problem.objective(Z.tolist()) == problem.objective(Z)
 
 
-def test_better_bounds_replace_worse_ones():
-    found = cvxnn.certify(make_problem(), Z=np.zeros((5, 3, 2)))
-    assert found.with_bounds(found.lower_bound / 2) is found
-    middle = (found.lower_bound + found.primal) / 2
-    assert found.with_bounds(middle).relative_gap == pytest.approx((found.primal - middle) / middle)
-
-
 def test_weight_zero_samples_do_not_count():
     X, Y, _ = make_data()
     weights = np.r_[np.zeros(4), np.ones(20)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cvxnn.errors import InvalidInputError
+from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 
 __all__ = [
@@ -79,12 +80,6 @@ class Certificate:
     beta: float
     stationarity: float
     gate_ratios: tuple[float, ...] = dataclasses.field(repr=False, default=())
-
-    def with_bounds(self, lower_bound: float) -> Certificate:
-        """The same point with a lower bound proven elsewhere, where that one is better."""
-        if lower_bound <= self.lower_bound:
-            return self
-        return dataclasses.replace(self, lower_bound=lower_bound, relative_gap=relative_gap(self.primal, lower_bound))
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON; infinities become None."""
@@ -177,7 +172,8 @@ def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> D
     Y, w = problem.Y64, problem.weights
     s_max = problem.beta / q * (1 - 8 * _EPS)
     scale = problem.loss.dual_scale(nu, Y, w, s_max) if s_max >= _SMALLEST_SCALE else 0.0
-    bound = problem.loss.infimum(Y, w)
+    at_zero = float(problem.loss.conjugate_terms_magnitude(torch.zeros_like(nu), Y, w))
+    bound = max(0.0, problem.loss.infimum(Y, w) - 4 * nu.numel() * _EPS * at_zero)
     if scale > 0 and math.isfinite(scale):
         scaled = scale * nu
         conjugate = float(problem.loss.conjugate(scaled, Y, w))
@@ -228,9 +224,8 @@ def _factor_stationarity(beta: float, U: torch.Tensor, V: torch.Tensor, blocks: 
 
 def _factor_penalty(problem: Problem, U: torch.Tensor, V: torch.Tensor) -> float:
     """1/2 sum (||u||_C^2 + ||v||_R^2) of the columns, the penalty of (14)."""
-    orders = {"l1": 1, "l2": 2, "linf": math.inf}
-    left = torch.linalg.vector_norm(U, ord=orders[problem.norm.left], dim=1)
-    right = torch.linalg.vector_norm(V, ord=orders[problem.norm.right], dim=1)
+    left = VECTOR_NORMS[problem.norm.left].value(U.mT)
+    right = VECTOR_NORMS[problem.norm.right].value(V.mT)
     return float(left.square().sum() + right.square().sum()) / 2
 
 
@@ -265,6 +260,8 @@ def certify(
     InvalidInputError
         Wrong shapes, NaN or infinities, or not exactly one of `Z` and `factors`.
     """
+    if not isinstance(problem, Problem):
+        raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     point = evaluate(problem, Z, factors=factors, intercept=intercept)
     nu = problem.dual_candidate(point.predictions)
     natural = dual_bound(problem, nu, point.magnitude)
@@ -347,6 +344,8 @@ def evaluate(
 
 def _check_factors(problem: Problem, factors: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     n_gates, p, q = problem.operator.block_shape
+    if not isinstance(factors, (tuple, list)) or len(factors) != 2:
+        raise InvalidInputError("factors is not a pair; (U, V) is wanted")
     U, V = (_tensor(problem, part, name) for part, name in zip(factors, ("U", "V"), strict=True))
     m = U.shape[-1] if U.ndim == 3 else 0
     if U.shape != (n_gates, p, m) or V.shape != (n_gates, q, m):

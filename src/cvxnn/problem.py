@@ -22,6 +22,7 @@ from cvxnn.patterns import (
 from cvxnn.validation import (
     as_matrix,
     check_choice,
+    check_flag,
     check_integer,
     check_positive,
     check_range,
@@ -171,7 +172,10 @@ class Problem:
         predictions = self.operator.double().apply(Z)
         if intercept is None:
             intercept = self.best_intercept(predictions)
-        value = self.loss.value(predictions + intercept.double(), self.Y64, self.weights)
+        offset = torch.as_tensor(intercept, dtype=torch.float64, device=self.device)
+        if not self.output_bias and bool(offset.any()):
+            raise InvalidInputError("an intercept is given, but the problem has output_bias=False")
+        value = self.loss.value(predictions + offset, self.Y64, self.weights)
         return float(value + self.beta * self.norm.value(Z)[1].sum())
 
 
@@ -209,7 +213,9 @@ def _choose_gates(
         )
         scope = "sampled_gates"
     bits = activation_patterns(X, found)
-    kept = deduplicate_gates(bits)
+    # Rows of zeros are active for every gate, and tell none apart.
+    informative = X.any(axis=1)
+    kept = deduplicate_gates(bits[informative]) if informative.any() else np.arange(1)
     if len(kept) == 0:
         raise InvalidInputError(f"none of the {found.shape[1]} gates is active on any sample; draw more gates")
     return np.ascontiguousarray(found[:, kept]), np.ascontiguousarray(bits[:, kept]), scope
@@ -306,6 +312,7 @@ def mlp_problem(
         )
     check_choice(activation, "activation", ("linear", "gated_relu"))
     check_choice(reduction, "reduction", ("mean", "sum"))
+    hidden_bias, output_bias = check_flag(hidden_bias, "hidden_bias"), check_flag(output_bias, "output_bias")
     beta = check_positive(beta, "beta")
     loss_object, norm = get_loss(loss), get_norm(norms)
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
@@ -349,7 +356,7 @@ def mlp_problem(
         weights=torch.from_numpy(sample_weights / total).to(torch_device),
         reduction=reduction,
         scope=scope,
-        output_bias=bool(output_bias),
-        hidden_bias=bool(hidden_bias),
+        output_bias=output_bias,
+        hidden_bias=hidden_bias,
         classes=classes,
     )

@@ -14,6 +14,7 @@ from cvxnn.errors import InvalidInputError
 __all__ = [
     "as_matrix",
     "check_choice",
+    "check_flag",
     "check_integer",
     "check_positive",
     "check_range",
@@ -46,6 +47,13 @@ def check_integer(value: Any, name: str, *, minimum: int = 1, allow_none: bool =
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
         raise InvalidInputError(f"{name} is {value!r}; an integer of at least {minimum} is wanted")
     return int(value)
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """Return `value` as a bool; only True and False (and 0 and 1) are taken."""
+    if not isinstance(value, (bool, np.bool_, Integral)) or value not in (0, 1):
+        raise InvalidInputError(f"{name} is {value!r}; True or False is wanted")
+    return bool(value)
 
 
 def check_choice(value: Any, name: str, choices: tuple[str, ...] | list[str]) -> str:
@@ -128,6 +136,8 @@ def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | Non
         raise InvalidInputError(f"Y has shape {array.shape}; a vector or a matrix with a row per sample is wanted")
     if len(array) != n_samples:
         raise InvalidInputError(f"Y has {len(array)} entries but X has {n_samples} rows; as many are wanted")
+    if array.dtype.kind == "O" and _are_fractions(array):
+        array = array.astype(np.float64)
     if array.dtype.kind == "f":
         return as_matrix(array[:, None], "Y"), None
     if array.dtype.kind not in "biuUSO":
@@ -139,6 +149,12 @@ def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | Non
     if len(classes) < 2:
         raise InvalidInputError(f"Y has only one class, {classes.tolist()}; at least two are wanted")
     return np.eye(len(classes))[index], classes
+
+
+def _are_fractions(values: np.ndarray) -> bool:
+    """Whether objects are all real numbers, and not all of them integers: targets, not labels."""
+    numbers = all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
+    return numbers and not all(float(value).is_integer() for value in values)
 
 
 def check_range(values: torch.Tensor, name: str, *, squares_count: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -50,15 +51,23 @@ class AdmmOptions:
 
 
 def factor_bytes(problem: Problem, side: str | None = None) -> int:
-    """Memory of the two square matrices that ADMM holds on the given side (default: the cheaper)."""
+    """Memory of the two square matrices on the given side (default: the cheaper) and of the acceleration."""
     op = problem.operator
     side = side or cheaper_side(op, problem.loss.name == "squared")
     order = op.n_samples if side == "samples" else op.n_features
-    return 2 * order**2 * problem.Y.element_size()
+    unknowns = op.n_features * op.n_outputs + (0 if problem.loss.name == "squared" else problem.Y.numel())
+    return 2 * (order**2 + AdmmOptions.memory * unknowns) * problem.Y.element_size()
 
 
-def available_bytes() -> int:
-    """Memory of this machine that is free, where the system tells."""
+def available_bytes(device: torch.device) -> int:
+    """Memory that is available on the device, where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -83,7 +92,7 @@ class Admm(Solver):
         if not problem.norm.has_prox:
             return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
         needed = factor_bytes(problem)
-        if problem.device.type == "cpu" and needed > 0.8 * available_bytes():
+        if needed > 0.8 * available_bytes(problem.device):
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'fista'"
         return None
 
@@ -154,8 +163,8 @@ class Admm(Solver):
             self._squared_step()
         else:
             self._general_step()
-        # The residuals of an extrapolated point, not yet found good, say nothing about the penalties.
-        settled = self.anderson is None or not self.anderson.pending
+        # Residuals across an extrapolation that is not yet found good, or was taken back, say nothing.
+        settled = self.anderson is None or not self.anderson.unsettled
         if self.options.adapt and settled and self.iteration >= self.next_adaptation:
             self.next_adaptation = int(1.5 * self.iteration) + 5
             self._adapt()

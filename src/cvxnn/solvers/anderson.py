@@ -34,11 +34,12 @@ class Anderson:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps: torch.Tensor | None = None
         self._fallback: tuple[torch.Tensor, float] | None = None
+        self._rejected = False
 
     @property
-    def pending(self) -> bool:
-        """Whether the last point was extrapolated, and may be taken back by the next call."""
-        return self._fallback is not None
+    def unsettled(self) -> bool:
+        """Whether the last step was an extrapolation that may be taken back, or took one back."""
+        return self._fallback is not None or self._rejected
 
     def state(self) -> dict[str, Any]:
         """Everything that the next steps depend on."""
@@ -62,11 +63,13 @@ class Anderson:
         """The point to go on from, given a flat point v and its image F(v)."""
         residual = image - v
         size = float(torch.linalg.vector_norm(residual))
+        self._rejected = False
         if self._fallback is not None:
             plain, before = self._fallback
             self._fallback = None
             if not size <= before:
                 self.reset()
+                self._rejected = True
                 return plain
         if self._last is not None:
             self._store(image - self._last[0], residual - self._last[1])

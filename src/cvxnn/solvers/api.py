@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,10 @@ def solve(
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     tol = check_positive(tol, "tol", allow_zero=True)
+    if not isinstance(verbose, (bool, int)) or verbose < 0:
+        raise InvalidInputError(f"verbose is {verbose!r}; 0, 1 or 2 is wanted")
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise InvalidInputError(f"checkpoint is {checkpoint!r}; the path of a file is wanted")
     check_integer(max_iter, "max_iter", allow_none=True)
     check_positive(time_limit, "time_limit", allow_none=True)
     name = choose_solver(problem) if solver == "auto" else solver
@@ -176,13 +181,18 @@ def path(
     n_betas : int
     ratio : float
     **options
-        Passed on to :func:`solve`.
+        Passed on to :func:`solve`. With `checkpoint` there is one file per beta, with -0, -1, ... added to
+        its name.
 
     Returns
     -------
     list of Result
         In decreasing order of beta; ``result.problem.beta`` is the value.
     """
+    if not isinstance(problem, Problem):
+        raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
+    if betas is not None and (isinstance(betas, str) or not isinstance(betas, Iterable)):
+        raise InvalidInputError(f"betas is {betas!r}; a sequence of positive numbers is wanted")
     if betas is None:
         check_integer(n_betas, "n_betas")
         if not 0 < check_positive(ratio, "ratio") < 1:
@@ -196,7 +206,11 @@ def path(
             raise InvalidInputError("betas is empty; at least one value is wanted")
     results: list[Result] = []
     start = options.pop("init", None)
-    for beta in np.sort(values)[::-1]:
+    checkpoint = options.pop("checkpoint", None)
+    for i, beta in enumerate(np.sort(values)[::-1]):
+        if checkpoint is not None:
+            file = Path(checkpoint)
+            options["checkpoint"] = file.with_name(f"{file.stem}-{i}{file.suffix}")
         results.append(solve(problem.with_beta(float(beta)), init=start, **options))
         start = results[-1]
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class _Best:
     dual: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
+    improved_to: float = float("inf")
+    improved_at: int = 0
 
     @property
     def gap(self) -> float:
@@ -64,6 +67,8 @@ class _Best:
 
     def record(self, iteration: int, seconds: float) -> dict[str, Any]:
         """Append the state to the trace."""
+        if self.gap < 0.99 * self.improved_to:
+            self.improved_to, self.improved_at = self.gap, iteration
         self.trace.append(
             {
                 "iteration": iteration,
@@ -74,6 +79,11 @@ class _Best:
             }
         )
         return self.trace[-1]
+
+    def stalled(self, iteration: int, dtype: torch.dtype) -> bool:
+        """Whether a run in single precision has stopped improving: its rounding errors are the limit."""
+        window = max(1000, iteration // 2)
+        return dtype == torch.float32 and iteration - self.improved_at > window
 
 
 def run(
@@ -113,10 +123,10 @@ def run(
                     iteration, spent, best.trace = saved.iteration, saved.seconds, saved.trace
                     best.update(problem, Iterate(saved.Z, saved.intercept, saved.dual, saved.factors))
                     state = saved.solver_state
+                    if best.gap <= tol:
+                        status = "certified"
                 next_check = _next_check(iteration, solver.check_every)
-                while True:
-                    if iteration >= max_iter:
-                        break
+                while status != "certified" and iteration < max_iter:
                     solver.step()
                     iteration += 1
                     if store is not None:
@@ -139,7 +149,7 @@ def run(
                         status = "interrupted"
                     elif out_of_time:
                         status = "time_limit"
-                    elif solver.finished:
+                    elif solver.finished or best.stalled(iteration, problem.dtype):
                         status = "stationary"
                     elif iteration < max_iter:
                         if store is not None:
@@ -150,6 +160,11 @@ def run(
             status = "interrupted" if isinstance(cause, KeyboardInterrupt) else "diverged"
             if best.Z is None:
                 best.update(problem, Iterate(problem.Y.new_zeros(problem.operator.block_shape)))
+            elif iteration > (best.trace[-1]["iteration"] if best.trace else 0):
+                # A step that was cut short may have left anything; what it left counts if it is a point.
+                with contextlib.suppress(TypeError, AttributeError, RuntimeError, InvalidInputError):
+                    if best.update(problem, solver.iterate()):
+                        best.record(iteration, elapsed())
         if store is not None and state is not None:
             store.save(iteration, elapsed(), best, state)
 

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import Bounds, minimize
 from threadpoolctl import threadpool_limits
 
+from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.validation import check_integer
@@ -78,10 +79,9 @@ class FrankWolfe(Solver):
         self.gate = keep.nonzero()[:, 0]
         self.u, self.v, self.t = left.mT[keep], right[keep], values[keep]
         if self.problem.norm.name != "nuclear":
-            orders = {"l1": 1, "l2": 2, "linf": float("inf")}
             for name in ("u", "v"):
                 side = self.problem.norm.left if name == "u" else self.problem.norm.right
-                size = torch.linalg.vector_norm(getattr(self, name), ord=orders[side], dim=1)
+                size = VECTOR_NORMS[side].value(getattr(self, name))
                 setattr(self, name, getattr(self, name) / size.unsqueeze(1))
                 self.t = self.t * size
 

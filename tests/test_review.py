@@ -1,0 +1,88 @@
+"""Defects that were found in review, each with the case that showed it."""
+
+import numpy as np
+import pytest
+import torch
+
+import cvxnn
+from cvxnn.errors import InvalidInputError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 3))
+Y = RNG.normal(size=(40, 2))
+
+
+def small(**options):
+    return cvxnn.mlp_problem(X, Y, n_gates=8, **{"beta": 1e-2, **options})
+
+
+def test_path_writes_a_checkpoint_per_beta_and_resumes(tmp_path):
+    file = tmp_path / "path.ckpt"
+    betas = [0.1, 0.01]
+    first = cvxnn.path(small(), betas, tol=1e-6, checkpoint=file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["path-0.ckpt", "path-1.ckpt"]
+    again = cvxnn.path(small(), betas, tol=1e-6, checkpoint=file, resume=True)
+    for one, other in zip(first, again, strict=True):
+        assert other.n_iter == one.n_iter
+        assert torch.equal(one.Z, other.Z)
+
+
+def test_a_certified_run_that_is_resumed_does_nothing(tmp_path):
+    file = tmp_path / "run.ckpt"
+    done = cvxnn.solve(small(), "admm", tol=1e-6, checkpoint=file)
+    again = cvxnn.solve(small(), "admm", tol=1e-6, checkpoint=file, resume=True)
+    assert (again.status, again.n_iter) == ("certified", done.n_iter)
+    assert torch.equal(again.Z, done.Z)
+
+
+def test_floats_as_objects_are_regression_targets():
+    problem = cvxnn.mlp_problem(X, Y[:, 0].astype(object), n_gates=5)
+    assert problem.classes is None
+    assert problem.Y.shape == (40, 1)
+    labels = cvxnn.mlp_problem(X, np.array([0, 1] * 20, dtype=object), n_gates=5)
+    assert labels.classes.tolist() == [0, 1]
+
+
+def test_a_row_of_zeros_tells_no_gates_apart():
+    with_zero = np.vstack([X[:6], np.zeros((1, 3))])
+    plain = cvxnn.mlp_problem(X[:6], Y[:6], gates="enumerate")
+    assert cvxnn.mlp_problem(with_zero, Y[:7], gates="enumerate").n_gates == plain.n_gates
+    assert cvxnn.mlp_problem(np.zeros((3, 2)), Y[:3], n_gates=4).n_gates == 1
+
+
+def test_single_precision_ends_as_stationary_at_its_limit():
+    result = cvxnn.solve(small(dtype="float32", beta=1e-3), "admm", tol=1e-12)
+    assert result.status == "stationary"
+    assert result.n_iter < 5000
+    assert result.certificate.relative_gap < 1e-2
+
+
+def test_the_lower_bound_at_zero_does_not_pass_the_infimum():
+    soft = RNG.dirichlet(np.ones(3), size=40)
+    problem = cvxnn.mlp_problem(X, soft, loss="cross_entropy", n_gates=5)
+    problem = problem.with_beta(2 * problem.beta_max)
+    infimum = -float((soft * np.log(soft)).sum().astype(np.longdouble)) / 40
+    certificate = cvxnn.certify(problem, np.zeros(problem.operator.block_shape), dual=np.zeros((40, 3)))
+    zero_bound = cvxnn.certificates.dual_bound(problem, torch.zeros(40, 3, dtype=torch.float64), torch.zeros(3))
+    assert infimum - 1e-12 <= zero_bound.lower_bound < infimum
+    assert certificate.lower_bound <= certificate.primal
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: cvxnn.certify(3, Z=0), "problem"),
+        (lambda: cvxnn.path(3), "problem"),
+        (lambda: cvxnn.path(small(), 0.1), "betas"),
+        (lambda: cvxnn.solve(small(), checkpoint=3), "checkpoint"),
+        (lambda: cvxnn.solve(small(), verbose="x"), "verbose"),
+        (lambda: cvxnn.certify(small(), factors=3), "factors"),
+        (lambda: cvxnn.certify(small(), factors=(Y,)), "factors"),
+        (lambda: small(hidden_bias="no"), "hidden_bias"),
+        (lambda: small(output_bias="x"), "output_bias"),
+        (lambda: small().objective(np.zeros((8, 3, 2)), np.ones(2)), "intercept"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(call, named):
+    with pytest.raises(InvalidInputError, match=named):
+        call()
