@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.datasets import load_iris
 
 import cvxnn
@@ -207,7 +208,9 @@ def test_parquet(run_json, mixed, tmp_path):
 def test_predict_writes_files(run_json, fitted, tmp_path):
     status, document, _ = run_json("predict", fitted / "model.safetensors", "iris", "--out", tmp_path)
     assert status == 0
-    assert document["files"] == ["predictions.csv", "predictions.png"]
+    assert document["files"] == ["predictions.csv", "metrics.json", "predictions.png"]
+    assert {path.name for path in tmp_path.iterdir()} == set(document["files"])
+    assert json.loads((tmp_path / "metrics.json").read_text(), parse_constant=reject) == document
     table = pd.read_csv(tmp_path / "predictions.csv")
     model = cvxnn.load(fitted / "model.safetensors")
     assert table["prediction"].tolist() == model.predict(model.preprocessor_.transform(load_dataset("iris").X)).tolist()
@@ -222,6 +225,35 @@ def test_certify_repeats_the_certificate_of_training(run_json, run, fitted):
     assert document["certificate"]["primal"] == pytest.approx(stored["primal"], rel=1e-9)
     assert document["certificate"]["relative_gap"] == pytest.approx(stored["relative_gap"], abs=1e-9)
     assert "given_gates" in run("certify", fitted / "model.safetensors", "iris")[1]
+
+
+@pytest.mark.parametrize("norms", ["l1,l2", "l2,l1", "l2,linf"])
+def test_certify_with_other_norms(run_json, tmp_path, norms):
+    """The stored neurons certify as tightly as the point in training."""
+    options = ["--norms", norms, "--n-gates", "10", "--beta", "0.01", "--tol", "1e-3", "--out", tmp_path]
+    status, trained, _ = run_json("fit", "iris", *options)
+    assert status == 0
+    status, document, _ = run_json("certify", tmp_path / "model.safetensors", "iris")
+    assert status == 0
+    assert document["certificate"]["penalty"] == pytest.approx(trained["certificate"]["penalty"], rel=1e-9)
+    assert document["certificate"]["relative_gap"] == pytest.approx(trained["certificate"]["relative_gap"], abs=1e-8)
+
+
+def test_certify_sees_the_neurons(run_json, tmp_path):
+    """Not the smallest norm of their sum: neurons that cancel cost something."""
+    options = ["--norms", "l1,l2", "--n-gates", "10", "--beta", "0.01", "--out", tmp_path]
+    assert run_json("fit", "iris", *options)[0] == 0
+    model = cvxnn.load(tmp_path / "model.safetensors")
+    network = model.network_
+    for name, axis in (("hidden", 1), ("output", 0), ("gate_index", 0)):
+        twice = [getattr(network, name).detach()] * 2
+        scaled = [twice[0] * 1.5, -twice[1] * 0.5] if name == "output" else twice
+        joined = torch.cat(scaled, dim=axis)
+        setattr(network, name, joined if name == "gate_index" else torch.nn.Parameter(joined))
+    cvxnn.save(model, tmp_path / "model.safetensors")
+    status, document, _ = run_json("certify", tmp_path / "model.safetensors", "iris")
+    assert status == 3
+    assert document["certificate"]["penalty"] == pytest.approx(2 * model.certificate_.penalty, rel=1e-9)
 
 
 def test_certify_says_when_it_is_not(run_json, fitted):
@@ -270,7 +302,12 @@ def test_interrupted(run_json, tmp_path, monkeypatch):
     monkeypatch.setattr(Admm, "step", interrupt)
     status, document, _ = run_json("fit", "iris", "--tol", "0", "--out", tmp_path)
     assert (status, document["status"]) == (3, "interrupted")
-    assert cvxnn.load(tmp_path / "model.safetensors").score is not None
+    model = cvxnn.load(tmp_path / "model.safetensors")
+    assert model.status_ == "interrupted"
+    frame = load_dataset("iris")
+    predicted = model.predict(model.preprocessor_.transform(frame.X))
+    train, _ = split_rows(frame.y.to_numpy(), "classification", 0.2, 0)
+    assert np.mean(predicted[train] == frame.y.to_numpy()[train]) == document["scores"]["train"]["accuracy"] > 0.8
 
 
 def test_interrupted_before_anything(run, monkeypatch):
@@ -423,7 +460,6 @@ def test_models_that_cannot_be_used(run, run_json, fitted, tmp_path, command):
 
 
 def test_weights_of_a_foreign_network(run, tmp_path):
-    torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
     weights = {"0.weight": torch.zeros(3, 2), "2.weight": torch.zeros(1, 3)}
@@ -525,3 +561,22 @@ def test_process_is_interrupted(tmp_path):
     assert running.returncode == 3
     assert "interrupted after" in out
     assert cvxnn.load(tmp_path / "o" / "model.safetensors").status_ == "interrupted"
+
+
+def test_an_empty_folder_name_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "iris", "--out", ""]) == 2
+    assert "--out is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_categories_and_classes_are_mentioned(tmp_path, capsys):
+    rows = ["x,kind,y"] + [f"{i / 10},{'ab'[i % 2]},{'no yes'.split()[i % 2]}" for i in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "new.csv").write_text("x,kind,y\n0.1,new,no\n0.2,a,maybe\n")
+    assert main(["fit", str(tmp_path / "train.csv"), "--out", str(tmp_path / "m"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "m/model.safetensors"), str(tmp_path / "new.csv")]) == 0
+    said = capsys.readouterr().err
+    assert "'new'" in said
+    assert "no score" in said

@@ -13,7 +13,8 @@ import torch
 
 import cvxnn
 from cvxnn.errors import DependencyError, InvalidInputError, StorageError
-from cvxnn.networks import TwoLayerNetwork, balanced_factors, build_network
+from cvxnn.networks import TwoLayerNetwork, balanced_factors, build_network, padded_factors
+from cvxnn.norms import VECTOR_NORMS
 
 RNG = np.random.default_rng(1)
 X = RNG.standard_normal((50, 4))
@@ -177,6 +178,91 @@ def test_inputs_of_other_types_and_no_rows(results):
     network = results["hidden_bias", "float64"].network()
     assert network(torch.zeros(0, 4)).shape == (0, 3)
     assert network(torch.ones(2, 4, dtype=torch.int64)).dtype == torch.float64
+
+
+PAIRS = [(left, right) for left in VECTOR_NORMS for right in VECTOR_NORMS]
+SIGN_PAIRS = [pair for pair in PAIRS if "linf" in pair and "l1" not in pair]
+
+
+def costs(network, norms):
+    """||u_j||_C and ||v_j||_R of the neurons."""
+    left, right = (VECTOR_NORMS[name] for name in norms)
+    with torch.no_grad():
+        return left.value(network.hidden.T), right.value(network.output)
+
+
+@pytest.fixture(scope="module")
+def solved_by_norm():
+    return {pair: solution(norms=pair, output_bias=True) for pair in PAIRS}
+
+
+@pytest.mark.parametrize("norms", PAIRS, ids="-".join)
+def test_network_is_the_certified_point(solved_by_norm, norms):
+    """Its penalty (14) is that of the certificate, and its predictions are those of the blocks."""
+    result = solved_by_norm[norms]
+    assert (result.factors is not None) == (norms in SIGN_PAIRS)
+    network = result.network()
+    left, right = costs(network, norms)
+    assert torch.allclose(left, right, rtol=1e-9)
+    assert float(left.min()) > 0
+    assert float((left**2 + right**2).sum()) / 2 == pytest.approx(result.certificate.penalty, rel=1e-9)
+    outputs = result.problem.operator.apply(result.Z) + result.intercept
+    assert error(network(torch.from_numpy(X)).detach(), outputs) <= 1e-12
+
+
+@pytest.mark.parametrize("norms", SIGN_PAIRS, ids="-".join)
+def test_factors_repeat_the_proof(solved_by_norm, norms):
+    result = solved_by_norm[norms]
+    again = cvxnn.certify(result.problem, factors=result.factors, intercept=result.intercept, dual=result.dual)
+    assert again.primal == result.certificate.primal
+    assert again.relative_gap == pytest.approx(result.certificate.relative_gap, abs=1e-12)
+
+
+@pytest.mark.parametrize("norms", PAIRS, ids="-".join)
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5)])
+def test_vector_blocks(norms, shape):
+    """The cost of one neuron per gate is the norm of the block, whatever the pair."""
+    Z = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    U, V, index = balanced_factors(Z, norms)
+    left, right = VECTOR_NORMS[norms[0]].value(U.T), VECTOR_NORMS[norms[1]].value(V.T)
+    totals = torch.zeros(4).double().index_add(0, index, left * right)
+    assert torch.allclose(totals, cvxnn.norms.get_norm(norms).value(Z)[1], rtol=1e-12)
+    assert torch.allclose(left, right, rtol=1e-12)
+
+
+@pytest.mark.parametrize("norms", PAIRS, ids="-".join)
+@pytest.mark.parametrize("activation", ["gated_relu", "linear"])
+def test_padded_factors(solved_by_norm, norms, activation):
+    """They are the neurons gate by gate, balanced, and zero columns."""
+    result = solved_by_norm[norms] if activation == "gated_relu" else solution(norms=norms, activation=activation)
+    network = result.network()
+    with torch.no_grad():
+        network.hidden *= 3.0
+        network.output /= 3.0
+    U, V = padded_factors(network, norms)
+    n_gates, p, q = result.problem.operator.block_shape
+    assert (U.shape[:2], V.shape[:2]) == ((n_gates, p), (n_gates, q))
+    assert torch.allclose(U @ V.mT, result.Z, atol=1e-12)
+    left, right = VECTOR_NORMS[norms[0]].value(U.mT), VECTOR_NORMS[norms[1]].value(V.mT)
+    assert torch.allclose(left, right, rtol=1e-9)
+    assert int((left > 0).sum()) == len(network.output)
+
+
+@pytest.mark.parametrize("norms", PAIRS, ids="-".join)
+@pytest.mark.parametrize("scale", [1e-250, 1e250])
+def test_balanced_factors_of_any_size(norms, scale):
+    Z = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    U, V, index = balanced_factors(scale * Z, norms)
+    for k in range(2):
+        product = (U[:, index == k] * scale**-0.5) @ (V[:, index == k] * scale**-0.5).T
+        assert torch.allclose(product, Z[k], atol=1e-13)
+
+
+def test_padded_factors_of_no_neurons(results):
+    U, V = padded_factors(results["zero", "float64"].network(), ("l2", "linf"))
+    n_gates = results["zero", "float64"].problem.n_gates
+    assert (U.shape[:2], V.shape[:2]) == ((n_gates, 4), (n_gates, 3))
+    assert not U.any() and not V.any()
 
 
 def test_balanced_factors():

@@ -7,6 +7,7 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from cvxnn import ConvexMLPClassifier, plotting
 from cvxnn.datasets import spiral
@@ -40,6 +41,26 @@ def test_gap(model, tmp_path):
 def test_gap_of_odd_traces(gaps, tol, tmp_path):
     trace = [{"seconds": float(i), "relative_gap": gap} for i, gap in enumerate(gaps)]
     pixels(plotting.plot_gap(trace, tmp_path / "gap.png", tol=tol))
+
+
+@pytest.mark.parametrize("gaps", [[1.0, 1e-1, 1e-2, 1e-3, 1e-5], [1.0, 1.0, 0.9, 0.9], [1.0, 1e-5], [1e-5], [1.0, 0.0]])
+def test_label_of_the_last_gap_covers_nothing(gaps, tmp_path, monkeypatch):
+    """Neither the line nor the label of the tolerance, and it lies within the picture."""
+    figures, write = [], plotting._write
+    monkeypatch.setattr(plotting, "_write", lambda figure, path: (figures.append(figure), write(figure, path))[1])
+    trace = [{"seconds": 0.1 * i, "relative_gap": gap} for i, gap in enumerate(gaps, 1)]
+    plotting.plot_gap(trace, tmp_path / "gap.png", tol=1e-4)
+    (figure,) = figures
+    (axes,) = figure.axes
+    FigureCanvasAgg(figure).draw()
+    label, tolerance = (text.get_window_extent() for text in axes.texts)
+    x, y = axes.transData.transform(axes.lines[0].get_xydata()).T
+    along = np.linspace(0, len(x) - 1, 2000)
+    points = np.stack([np.interp(along, np.arange(len(x)), part) for part in (x, y)], axis=1)
+    assert not any(label.contains(*point) for point in points)
+    assert not label.overlaps(tolerance)
+    assert label.x0 >= 0 and label.y0 >= 0
+    assert label.x1 <= figure.bbox.x1 and label.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize("n", [0, 1, 20, 1000])

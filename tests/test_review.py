@@ -86,3 +86,21 @@ def test_the_lower_bound_at_zero_does_not_pass_the_infimum():
 def test_wrong_arguments_get_a_sentence(call, named):
     with pytest.raises(InvalidInputError, match=named):
         call()
+
+
+def test_labels_of_several_types_are_refused_by_the_estimator():
+    with pytest.raises(ValueError, match="y mixes labels"):
+        cvxnn.ConvexMLPClassifier().fit(X, np.array(["a", None] * 20, dtype=object))
+
+
+@pytest.mark.parametrize("options", [{"gate_quantile": 0.5}, {"gate_quantile": 2.0, "hidden_bias": True}])
+def test_quantiles_are_named_as_the_user_knows_them(options):
+    with pytest.raises(InvalidInputError, match="gate_quantile"):
+        small(**options)
+
+
+def test_read_only_data_are_taken_without_a_warning(recwarn):
+    frozen = X.copy()
+    frozen.flags.writeable = False
+    cvxnn.mlp_problem(frozen, Y, n_gates=5)
+    assert not [str(warning.message) for warning in recwarn]

@@ -112,6 +112,22 @@ def test_dual_repeats_the_proof(saved, model):
     assert certificate.relative_gap <= model.certificate_.relative_gap * (1 + 1e-9)
 
 
+def test_dual_is_that_of_merged_samples(tmp_path):
+    """It repeats the proof for the samples as ``merge_duplicates`` gives them, not as they were passed."""
+    data, labels = np.vstack([X, X[:7]]), np.concatenate([Y_CLASS, Y_CLASS[:7]])
+    model = cvxnn.ConvexMLPClassifier(n_gates=5, beta=0.01, random_state=0).fit(data, labels)
+    loaded = cvxnn.load(cvxnn.save(model, tmp_path / "a"))
+    one_hot = (labels[:, None] == model.classes_).astype(float)
+    merged, targets, weights = cvxnn.samples.merge_duplicates(data, one_hot, np.ones(len(data)))
+    assert loaded.dual_.shape == targets.shape != one_hot.shape
+    options = {"gates": model.network_.gates, "beta": 0.01, "hidden_bias": True, "output_bias": True}
+    problem = cvxnn.mlp_problem(merged, targets, sample_weight=weights, **options)
+    Z, intercept = model.result_.Z, model.result_.intercept
+    certificate = cvxnn.certify(problem, Z=Z, intercept=intercept, dual=loaded.dual_)
+    assert certificate.relative_gap == pytest.approx(model.certificate_.relative_gap, abs=1e-12)
+    assert cvxnn.certify(problem, Z=Z, intercept=intercept).relative_gap > certificate.relative_gap
+
+
 LABELS = {
     "int64": np.array([3, -7]),
     "int8": np.array([1, 2], dtype=np.int8),

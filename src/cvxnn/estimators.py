@@ -220,8 +220,11 @@ class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
 
     def _validate(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         X, y = validate_data(self, X, y, dtype=np.float64, order="C")
-        check_classification_targets(y)
-        self.classes_, index = np.unique(y, return_inverse=True)
+        try:
+            check_classification_targets(y)
+            self.classes_, index = np.unique(y, return_inverse=True)
+        except TypeError as error:
+            raise InvalidInputError("y mixes labels of different types; labels of one type are wanted") from error
         if len(self.classes_) < 2:
             raise InvalidInputError(f"y has only one class, {self.classes_.tolist()}; at least two classes are wanted")
         return X, np.eye(len(self.classes_))[index]

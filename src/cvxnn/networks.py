@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import nn
 
 from cvxnn.errors import InvalidInputError
+from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 
-__all__ = ["TwoLayerNetwork", "balanced_factors", "build_network"]
+__all__ = ["TwoLayerNetwork", "balanced_factors", "build_network", "padded_factors"]
 
 
 class TwoLayerNetwork(nn.Module):
@@ -84,64 +84,137 @@ class TwoLayerNetwork(nn.Module):
         return self
 
 
-def balanced_factors(Z: torch.Tensor, tolerance: float = 1e-14) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Neurons (u_j, v_j) of blocks Z, balanced (equal norms), and the gate of each.
+def balanced_factors(
+    Z: torch.Tensor, norms: tuple[str, str] = ("l2", "l2"), tolerance: float = 1e-14
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Neurons (u_j, v_j) of blocks Z, balanced (||u_j||_C = ||v_j||_R), and the gate of each.
+
+    The neurons of a block are its rows, u = e_a, where C is l1, its columns, v = e_b, where R is l1, and its
+    singular pairs otherwise. Their cost sum_j ||u_j||_C ||v_j||_R is the norm of the block (Lemma 3.1 of the
+    paper) for every pair with an l1 side, for (l2, l2), and for blocks with a single row or column; with an
+    l-infinity side and no l1 side it can be larger.
 
     Parameters
     ----------
     Z : torch.Tensor of shape (P, p, q)
+    norms : pair of str
+        Names of C and R.
     tolerance : float
-        Singular values below this fraction of the largest of all are left out.
+        Neurons whose cost is below this fraction of the largest are left out.
 
     Returns
     -------
     (U, V, index) of shapes (p, m), (q, m) and (m,)
     """
-    left, values, right = torch.linalg.svd(Z.double(), full_matrices=False)
-    keep = values > tolerance * values.max()
-    index = keep.nonzero()[:, 0]
-    root = values[keep].sqrt()
-    return left.mT[keep].T * root, right[keep].T * root, index
+    Z = Z.double()
+    if norms[0] == "l1":
+        keep = (Z != 0).any(2)
+        index, row = keep.nonzero().unbind(1)
+        U, V = _unit_vectors(row, Z.shape[1], like=Z), Z[keep].T
+    elif norms[1] == "l1":
+        keep = (Z != 0).any(1)
+        index, column = keep.nonzero().unbind(1)
+        U, V = Z.mT[keep].T, _unit_vectors(column, Z.shape[2], like=Z)
+    else:
+        left, values, right = torch.linalg.svd(Z, full_matrices=False)
+        keep = values > 0
+        index = keep.nonzero()[:, 0]
+        U, V = left.mT[keep].T, right[keep].T * values[keep]
+    U, V = _balance(U, V, norms)
+    cost = _sizes(U, norms[0]) * _sizes(V, norms[1])
+    large = cost > tolerance * cost.amax(0, keepdim=True) if len(cost) else cost > 0
+    return U[:, large], V[:, large], index[large]
+
+
+def _unit_vectors(index: torch.Tensor, n: int, like: torch.Tensor) -> torch.Tensor:
+    """Columns e_i (n, m) for the entries i of an index (m,)."""
+    return torch.eye(n, dtype=like.dtype, device=like.device)[:, index]
+
+
+def _balance(U: torch.Tensor, V: torch.Tensor, norms: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns, none of them zero, scaled to ||u_j||_C = ||v_j||_R with the same u_j v_j^T."""
+    left, right = _sizes(U, norms[0]).sqrt(), _sizes(V, norms[1]).sqrt()
+    return U / left * right, V / right * left
+
+
+def _sizes(columns: torch.Tensor, norm: str) -> torch.Tensor:
+    """Norms of columns that are not zero; squares neither under- nor overflow."""
+    largest = columns.abs().amax(0)
+    return VECTOR_NORMS[norm].value((columns / largest).T) * largest
+
+
+def padded_factors(network: TwoLayerNetwork, norms: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons of a network gate by gate, balanced in the given norms, in float64.
+
+    Parameters
+    ----------
+    network : TwoLayerNetwork
+    norms : pair of str
+        Names of the norms C of the u_j and R of the v_j.
+
+    Returns
+    -------
+    (U, V) of shapes (P, p, m) and (P, q, m)
+        With m the largest number of neurons of a gate (at least 1), and zero columns behind the others. Neurons
+        with u_j = 0 or v_j = 0 are left out.
+    """
+    U, V = network.hidden.detach().double(), network.output.detach().double().T
+    index = network.gate_index
+    index = torch.zeros(U.shape[1], dtype=torch.long, device=U.device) if index is None else index
+    used = (U != 0).any(0) & (V != 0).any(0)
+    index, order = index[used].sort(stable=True)
+    U, V = _balance(U[:, used][:, order], V[:, used][:, order], norms)
+    n_gates = 1 if network.gates is None else network.gates.shape[1]
+    counts = torch.bincount(index, minlength=n_gates)
+    m = max(1, int(counts.max()))
+    place = torch.arange(len(index), device=U.device) - (counts.cumsum(0) - counts)[index]
+    padded = U.new_zeros(n_gates, m, len(U)), V.new_zeros(n_gates, m, len(V))
+    for part, columns in zip(padded, (U, V), strict=True):
+        part[index, place] = columns.T
+    return padded[0].mT.contiguous(), padded[1].mT.contiguous()
 
 
 def build_network(
     problem: Problem,
     Z: torch.Tensor | None,
     intercept: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> TwoLayerNetwork:
-    """The network of blocks Z of a problem, with the same predictions.
+    """The network of a point of a problem, with the same predictions.
 
     Parameters
     ----------
     problem : Problem
-    Z : torch.Tensor of shape (P, p, q)
+    Z : torch.Tensor of shape (P, p, q) or None
+        Blocks, split by :func:`balanced_factors`; not used where there are factors.
     intercept : torch.Tensor of shape (c,)
+    factors : pair (U, V), shapes (P, p, m) and (P, q, m), optional
+        The neurons themselves; columns that are zero are left out.
     dtype : torch.dtype, optional
         Type of the weights; by default that of the problem.
+
+    Raises
+    ------
+    InvalidInputError
+        There are neither blocks nor factors.
     """
-    assert Z is not None
+    if factors is not None:
+        left, right = (part.detach().mT for part in factors)
+        keep = (left != 0).any(2) & (right != 0).any(2)
+        U, V, index = left[keep].T, right[keep].T, keep.nonzero()[:, 0]
+    elif Z is not None:
+        U, V, index = balanced_factors(Z, (problem.norm.left, problem.norm.right))
+    else:
+        raise InvalidInputError("Z and factors are None; one of them is wanted")
     dtype = problem.dtype if dtype is None else dtype
-    return network_from_blocks(Z, intercept, problem.operator.gates, problem.hidden_bias, dtype, problem.dtype)
-
-
-def network_from_blocks(
-    Z: torch.Tensor,
-    intercept: torch.Tensor,
-    gates: np.ndarray | None,
-    hidden_bias: bool,
-    dtype: torch.dtype,
-    sample_dtype: torch.dtype | None = None,
-) -> TwoLayerNetwork:
-    """The network of blocks Z with gate vectors (d, P), or without gates."""
-    U, V, index = balanced_factors(Z)
-    gate_tensor = None if gates is None else torch.tensor(gates, dtype=torch.float64, device=Z.device)
+    gates = problem.gates
     return TwoLayerNetwork(
         U.to(dtype),
         V.T.to(dtype),
         intercept.detach().clone().to(dtype),
-        gate_tensor,
-        index if gates is not None else None,
-        hidden_bias,
-        sample_dtype,
+        None if gates is None else gates.clone(),
+        None if gates is None else index,
+        problem.hidden_bias,
+        problem.dtype,
     )

@@ -80,8 +80,9 @@ def plot_gap(trace: Sequence[dict[str, Any]], path: PathLike, tol: float | None 
             f"{gaps[-1]:.1e}",
             (seconds[-1], max(gaps[-1], floor)),
             textcoords="offset points",
-            xytext=(-6, 8),
-            ha="right",
+            xytext=(6, 0),
+            va="center",
+            annotation_clip=False,
             color=_BLUE,
         )
     else:

@@ -203,6 +203,11 @@ def _choose_gates(
     else:
         check_integer(n_gates, "n_gates")
         check_choice(gate_sampling, "gate_sampling", GATE_SAMPLING)
+        if gate_quantile is not None:
+            if check_positive(gate_quantile, "gate_quantile") >= 1:
+                raise InvalidInputError(f"gate_quantile is {gate_quantile!r}; a number between 0 and 1 is wanted")
+            if not hidden_bias:
+                raise InvalidInputError(f"gate_quantile is {gate_quantile!r}; such a threshold needs hidden_bias=True")
         found = sample_gates(
             X,
             n_gates,
@@ -322,8 +327,8 @@ def mlp_problem(
     sample_weights = check_sample_weight(sample_weight, len(data))
     if hidden_bias:
         data = np.hstack([data, np.ones((len(data), 1))])
-    tensor = torch.from_numpy(data).to(torch_dtype, copy=True)
-    Y_tensor = torch.from_numpy(targets).to(torch_dtype, copy=True)
+    tensor = torch.tensor(data, dtype=torch_dtype)
+    Y_tensor = torch.tensor(targets, dtype=torch_dtype)
     check_range(tensor, "X")
     check_range(Y_tensor, "Y", squares_count=True)
     loss_object.check_targets(Y_tensor)

@@ -100,8 +100,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     -------
     estimator or TwoLayerNetwork
         On the CPU, with the same predictions. An estimator has all its attributes but ``result_``, which
-        needs the data; of the result there are ``certificate_``, ``dual_`` (a torch.Tensor of shape (n, c):
-        ``certify(problem, ..., dual=model.dual_)`` repeats the proof), ``status_`` and ``seconds_``.
+        needs the data; of the result there are ``certificate_``, ``dual_``, ``status_`` and ``seconds_``.
+        ``dual_``, a torch.Tensor of shape (n, c), is the dual point of the training problem, whose samples
+        are those of :func:`cvxnn.samples.merge_duplicates`: merged and reordered. For them, with their
+        weights, ``certify(problem, ..., dual=model.dual_)`` repeats the proof, as ``cvxnn certify`` does.
 
     Raises
     ------

@@ -175,6 +175,16 @@ class TablePreprocessor:
                 parts.append((texts[:, None] == np.array(column["categories"], dtype=object)).astype(np.float64))
         return np.ascontiguousarray(np.hstack(parts))
 
+    def unknown_categories(self, table: pd.DataFrame) -> dict[str, list[str]]:
+        """Values of category columns that :meth:`fit` has not seen; :meth:`transform` encodes them as all zeros."""
+        unknown = {}
+        for column in self._columns:
+            if column["kind"] == "category":
+                unseen = set(text_values(column["name"], table[column["name"]])) - set(column["categories"])
+                if unseen:
+                    unknown[column["name"]] = sorted(unseen)
+        return unknown
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""
         return {"target": self.target, "split": self.split, "columns": [dict(column) for column in self._columns]}

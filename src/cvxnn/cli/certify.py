@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from sklearn.base import is_classifier
 
@@ -22,11 +21,12 @@ from cvxnn.cli.data import (
     open_source,
     split_rows,
     target_values,
+    unknown_category_notes,
 )
 from cvxnn.cli.options import Data, Json, Model, Target
 from cvxnn.cli.report import NOT_CERTIFIED, Report
 from cvxnn.errors import InvalidInputError, UnsupportedError
-from cvxnn.networks import TwoLayerNetwork
+from cvxnn.networks import padded_factors
 from cvxnn.problem import mlp_problem
 from cvxnn.samples import merge_duplicates
 from cvxnn.tables import number_values
@@ -86,6 +86,8 @@ def certify(
         "certificate": certificate.to_dict(),
     }
     report = Report(as_json)
+    for note in unknown_category_notes(trained, source.frame):
+        report.say(note)
     of = f" of {len(source.frame)}" if len(X) < len(source.frame) else ""
     report.rows(
         [
@@ -143,6 +145,9 @@ def _target_matrix(model: Any, series: Any) -> np.ndarray:
 def certify_model(model: Any, X: np.ndarray, Y: np.ndarray, *, beta: float, loss: str, reduction: str) -> Certificate:
     """Certificate of a trained estimator's network for a training problem with the gates of the network.
 
+    The penalty is that of the neurons, balanced (equation (14) of the paper); with l2 norms on both layers it
+    is that of their sum per gate, which is no larger.
+
     Parameters
     ----------
     model : fitted estimator
@@ -171,12 +176,7 @@ def certify_model(model: Any, X: np.ndarray, Y: np.ndarray, *, beta: float, loss
     if dual is not None and (dual.shape != problem.Y.shape or loss != model.loss):
         dual = None
     intercept = network.bias.detach().double() if model.output_bias else None
-    return certificates.certify(problem, Z=network_blocks(network, problem.n_gates), intercept=intercept, dual=dual)
-
-
-def network_blocks(network: TwoLayerNetwork, n_gates: int) -> torch.Tensor:
-    """Blocks Z_k, the sum of u_j v_j^T over the neurons of gate k; (P, p, q) float64."""
-    U, V = network.hidden.detach().double(), network.output.detach().double()
-    index = network.gate_index if network.gate_index is not None else U.new_zeros(U.shape[1], dtype=torch.long)
-    blocks = U.new_zeros(n_gates, U.shape[0], V.shape[1])
-    return blocks.index_add(0, index, U.T[:, :, None] * V[:, None, :])
+    point: dict[str, Any] = {"factors": padded_factors(network, (problem.norm.left, problem.norm.right))}
+    if problem.norm.name == "nuclear":
+        point = {"Z": point["factors"][0] @ point["factors"][1].mT}
+    return certificates.certify(problem, **point, intercept=intercept, dual=dual)

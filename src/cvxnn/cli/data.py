@@ -33,6 +33,7 @@ __all__ = [
     "scores",
     "split_rows",
     "target_values",
+    "unknown_category_notes",
 ]
 
 #: Integer targets with more distinct values than this are taken for numbers, not for classes.
@@ -171,6 +172,17 @@ def load_model(path: str) -> Any:
     if not hasattr(model, "certificate_"):
         raise StorageError(f"{path} holds a bare network; a trained model saved by cvxnn is wanted")
     return model
+
+
+def unknown_category_notes(model: Any, frame: pd.DataFrame) -> list[str]:
+    """A sentence per category column with values that the model was not trained on."""
+    if not hasattr(model, "preprocessor_"):
+        return []
+    notes = []
+    for name, values in model.preprocessor_.unknown_categories(frame).items():
+        shown = ", ".join(map(repr, values[:5])) + (", ..." if len(values) > 5 else "")
+        notes.append(f"Note: column {name!r} has values that were not there in training ({shown}); they count as none.")
+    return notes
 
 
 def features_of(model: Any, frame: pd.DataFrame, target: str | None) -> np.ndarray | pd.DataFrame:

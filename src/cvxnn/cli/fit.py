@@ -13,7 +13,7 @@ import typer
 
 from cvxnn._version import __version__
 from cvxnn.cli.data import MAX_CLASSES, DataError, data_errors, open_source, scores, split_rows, target_values
-from cvxnn.cli.options import Data, Json, make_estimator, parse_beta, parse_options
+from cvxnn.cli.options import Data, Json, folder, make_estimator, parse_beta, parse_options
 from cvxnn.cli.pictures import draw_pictures
 from cvxnn.cli.report import NOT_CERTIFIED, Report, check_folder, output_folder, write_json
 from cvxnn.errors import CertificationWarning, CvxnnError, InvalidInputError
@@ -36,7 +36,8 @@ def fit(
     target: Annotated[str | None, typer.Option(help="Target column.", show_default="the last column")] = None,
     task: Annotated[str | None, typer.Option(help=_TASK_HELP, show_default=False)] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for model.safetensors, metrics.json and PNG pictures.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for model.safetensors, metrics.json and PNG pictures.", parser=folder),
     ] = None,
     test_size: Annotated[float, typer.Option(help="Fraction of the rows held out for testing; 0 for none.")] = 0.2,
     as_json: Json = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from cvxnn.errors import InvalidInputError
 from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 
-__all__ = ["Data", "Json", "Model", "Target", "make_estimator", "parse_beta", "parse_options"]
+__all__ = ["Data", "Json", "Model", "Target", "folder", "make_estimator", "parse_beta", "parse_options"]
 
 _DATA_HELP = "A CSV or Parquet file with a header, or a bundled name ('cvxnn datasets list')."
 Data = Annotated[str, typer.Argument(metavar="DATA", help=_DATA_HELP, show_default=False)]
@@ -27,6 +28,13 @@ _ESTIMATORS: dict[tuple[str, bool], Any] = {
     ("regression", False): ConvexMLPRegressor,
     ("regression", True): ConvexMLPRegressorCV,
 }
+
+
+def folder(text: str) -> Path:
+    """The folder of --out; an empty name, as of an unset shell variable, is refused."""
+    if not text:
+        raise InvalidInputError("--out is empty; the name of a folder is wanted")
+    return Path(text)
 
 
 def parse_beta(text: str) -> float | None:

@@ -12,22 +12,24 @@ import typer
 from sklearn.base import is_classifier
 
 from cvxnn._version import __version__
-from cvxnn.cli.data import features_of, label_indices, load_model, open_source, scores
+from cvxnn.cli.data import features_of, label_indices, load_model, open_source, scores, unknown_category_notes
 from cvxnn.cli.fit import score_text
-from cvxnn.cli.options import Data, Json, Model, Target
+from cvxnn.cli.options import Data, Json, Model, Target, folder
 from cvxnn.cli.pictures import draw_scores
-from cvxnn.cli.report import Report, check_folder, output_folder
+from cvxnn.cli.report import Report, check_folder, output_folder, write_json
 from cvxnn.files import write_atomically
 from cvxnn.tables import number_values
 
 __all__ = ["predict"]
+
+_OUT_HELP = "Folder for predictions.csv, metrics.json and a picture."
 
 
 def predict(
     model: Model,
     data: Data,
     target: Target = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for predictions.csv and a picture.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help=_OUT_HELP, parser=folder)] = None,
     as_json: Json = False,
 ) -> int:
     """Predict with a trained MODEL for every row of DATA.
@@ -54,13 +56,20 @@ def predict(
     report = Report(as_json, to_stderr=out is None)
     rows = [("data", f"{source.name}: {len(table)} rows")]
     report.rows(rows if found is None else [*rows, ("score", score_text(found))])
+    for note in unknown_category_notes(trained, source.frame):
+        report.say(note)
+    if column is not None and y is None:
+        report.say(
+            f"Note: no score, since column {column!r} has missing values or classes unknown to the model."
+        )
     if out is not None:
         with output_folder(out) as folder:
             write_atomically(folder / "predictions.csv", lambda path: table.to_csv(path, index=False))
-            names = ["predictions.csv"]
+            names = ["predictions.csv", "metrics.json"]
             if y is not None:
                 names.append(draw_scores(folder / "predictions.png", trained, X, y, "samples"))
-        document["files"] = names
+            document["files"] = names
+            write_json(folder / "metrics.json", document)
         report.say(f"Written to {out}: {', '.join(names)}")
     elif as_json:
         document["predictions"] = {name: table[name].tolist() for name in table.columns}

@@ -138,19 +138,20 @@ def _as_iterate(problem: Problem, init: Any) -> Iterate | None:
     """A warm start in the working type."""
     if init is None:
         return None
-    intercept = dual = None
+    dual = factors = None
     if isinstance(init, tuple) and len(init) != 2:
         raise InvalidInputError(f"init is a tuple of {len(init)}; a pair (U, V), blocks or a Result is wanted")
     if isinstance(init, Result):
         blocks: Any = init.Z
+        factors = init.factors
         if init.problem.Y.shape == problem.Y.shape:
             dual = init.dual
     else:
         blocks = init
     try:
         if isinstance(init, tuple):
-            U, V = (torch.as_tensor(part, dtype=torch.float64) for part in init)
-            blocks = U @ V.mT
+            U, V = (torch.as_tensor(part, dtype=torch.float64, device=problem.device) for part in init)
+            blocks, factors = U @ V.mT, (U, V)
         Z = torch.as_tensor(blocks, dtype=problem.dtype, device=problem.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"init cannot be read as blocks or factors: {error}") from error
@@ -158,7 +159,8 @@ def _as_iterate(problem: Problem, init: Any) -> Iterate | None:
         raise InvalidInputError(f"init has shape {tuple(Z.shape)}; {problem.operator.block_shape} is wanted")
     if not bool(torch.isfinite(Z).all()):
         raise InvalidInputError("init contains NaN or infinity; finite numbers are wanted")
-    return Iterate(Z, intercept, dual)
+    # Where the norm has a closed form, it is at most the cost of the factors.
+    return Iterate(Z, dual=dual, factors=None if problem.norm.exact else factors)
 
 
 def path(

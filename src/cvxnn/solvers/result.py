@@ -30,12 +30,14 @@ class Result:
         Per certificate: iteration, seconds, primal, lower_bound, relative_gap (best so far).
     Z : torch.Tensor of shape (P, p, q) or None
     factors : pair of torch.Tensor or None
-        (U, V) of a Burer-Monteiro solution.
+        (U, V) of shapes (P, p, m) and (P, q, m), with zero columns where a gate has fewer than m neurons.
+        They are there where the point is known through them; the certificate is then that of (14).
     intercept : torch.Tensor of shape (c,)
         The unpenalised output bias; zeros without one.
     dual : torch.Tensor of shape (n, c)
         The dual point that proves ``certificate.lower_bound``:
-        ``certify(problem, Z=result.Z, intercept=result.intercept, dual=result.dual)`` repeats the proof.
+        ``certify(problem, Z=result.Z, intercept=result.intercept, dual=result.dual)`` repeats the proof, and
+        for a result with factors ``certify(problem, factors=result.factors, intercept=..., dual=...)``.
     certificate : Certificate
     """
 
@@ -59,12 +61,16 @@ class Result:
     def network(self, dtype: torch.dtype | None = None) -> TwoLayerNetwork:
         """The trained network as a module that predicts on new data.
 
+        Its neurons are the factors where the result has them, and otherwise those that the norm of Z is the
+        cost of: the penalty (14) of the network is ``certificate.penalty``. It can be larger only for blocks
+        given as `init` and not improved, with an l-infinity side and no l1 side.
+
         Parameters
         ----------
         dtype : torch.dtype, optional
             Type of its weights; by default that of the problem.
         """
-        return build_network(self.problem, self.Z, self.intercept, dtype=dtype)
+        return build_network(self.problem, self.Z, self.intercept, factors=self.factors, dtype=dtype)
 
     def __repr__(self) -> str:
         return (
