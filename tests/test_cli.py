@@ -571,7 +571,7 @@ def test_an_empty_folder_name_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_unknown_categories_and_classes_are_mentioned(tmp_path, capsys):
-    rows = ["x,kind,y"] + [f"{i / 10},{'ab'[i % 2]},{'no yes'.split()[i % 2]}" for i in range(40)]
+    rows = ["x,kind,y"] + [f"{i / 10},{'ab'[i % 2]},{['no', 'yes'][i % 2]}" for i in range(40)]
     (tmp_path / "train.csv").write_text("\n".join(rows))
     (tmp_path / "new.csv").write_text("x,kind,y\n0.1,new,no\n0.2,a,maybe\n")
     assert main(["fit", str(tmp_path / "train.csv"), "--out", str(tmp_path / "m"), "--quiet"]) == 0

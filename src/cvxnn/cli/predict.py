@@ -59,9 +59,7 @@ def predict(
     for note in unknown_category_notes(trained, source.frame):
         report.say(note)
     if column is not None and y is None:
-        report.say(
-            f"Note: no score, since column {column!r} has missing values or classes unknown to the model."
-        )
+        report.say(f"Note: no score, since column {column!r} has missing values or classes unknown to the model.")
     if out is not None:
         with output_folder(out) as folder:
             write_atomically(folder / "predictions.csv", lambda path: table.to_csv(path, index=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ class Ridge(ABC):
         self.intercept = intercept
         self.rho = 0.0
         self.set_weights(weights)
+        # Stored by columns, as LAPACK wants it.
+        self._factor = weights.new_empty(self.order, self.order).mT
 
     @abstractmethod
     def set_weights(self, weights: torch.Tensor) -> None:
@@ -86,10 +89,8 @@ class KernelRidge(Ridge):
 
     def factor(self, rho: float) -> None:
         self.rho = rho
-        scale = self._root[0] ** 2 if self._uniform else self._root * self._root.T
-        system = torch.mul(self._kernel, scale / rho)
-        system.diagonal().add_(1.0)
-        self._factor = _cholesky(system)
+        scale = (self._root[0] ** 2 if self._uniform else self._root * self._root.T) / rho
+        self._factor = _cholesky(lambda system: torch.mul(self._kernel, scale, out=system.mT), 1.0, self._factor)
         if self.intercept:
             self._ones = self._root * _solve(self._factor, self._root)
             self._total = self._ones.sum()
@@ -133,9 +134,7 @@ class FeatureRidge(Ridge):
 
     def factor(self, rho: float) -> None:
         self.rho = rho
-        system = self._gram.clone()
-        system.diagonal().add_(rho)
-        self._factor = _cholesky(system)
+        self._factor = _cholesky(lambda system: system.mT.copy_(self._gram), rho, self._factor)
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         if self._cached is None or self._cached[0] is not C:
@@ -153,18 +152,24 @@ class FeatureRidge(Ridge):
         return self._weights * gap
 
 
-def _cholesky(system: torch.Tensor) -> torch.Tensor:
-    """Cholesky factor; where rounding has made the matrix indefinite, of one with a larger diagonal."""
-    largest = float(system.diagonal().max())
-    raised = len(system) * torch.finfo(system.dtype).eps * largest
-    factor, info = torch.linalg.cholesky_ex(system)
-    while bool(info) and 0 < raised < largest:
-        system.diagonal().add_(raised)
-        raised *= 10
-        factor, info = torch.linalg.cholesky_ex(system)
-    if bool(info):
-        raise torch.linalg.LinAlgError("the system of the quadratic step is not positive definite")
-    return factor
+def _cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:
+    """Cholesky factor of a symmetric matrix plus shift I, in place; fill(buffer) writes the matrix.
+
+    Where rounding has made it indefinite, the shift is raised: the step is then solved inexactly, which the
+    certificate shows if it matters.
+    """
+    info = torch.empty((), dtype=torch.int32, device=buffer.device)
+    raised, largest = 0.0, math.inf
+    while raised < largest:
+        fill(buffer)
+        buffer.diagonal().add_(shift + raised)
+        if raised == 0:
+            largest = float(buffer.diagonal().max())
+        torch.linalg.cholesky_ex(buffer, out=(buffer, info))
+        if int(info) == 0:
+            return buffer
+        raised = 10 * raised or len(buffer) * torch.finfo(buffer.dtype).eps * largest
+    raise torch.linalg.LinAlgError("the system of the quadratic step is not positive definite")
 
 
 def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -173,7 +178,7 @@ def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor, steps: int = 8) -> torch.Tensor:
+def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """A few steps towards (matrix / scale + 1e-3 I)^-1 right, for an estimate of its size."""
     x, residual = torch.zeros_like(right), right
     direction, size = right, float(right.square().sum())
