@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cvxnn
-from cvxnn.certificates import STATIONARITY_TOLERANCE, Certificate, dual_bound, relative_gap
+from cvxnn.bounds import dual_bound
+from cvxnn.certificates import STATIONARITY_TOLERANCE, Certificate, relative_gap
 from cvxnn.errors import InvalidInputError
 from tests.helpers import LOSSES, NORMS, make_data, make_problem, random_blocks
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import cvxnn
+from cvxnn.bounds import dual_bound
 from cvxnn.errors import InvalidInputError
 
 RNG = np.random.default_rng(0)
@@ -63,7 +64,7 @@ def test_the_lower_bound_at_zero_does_not_pass_the_infimum():
     problem = problem.with_beta(2 * problem.beta_max)
     infimum = -float((soft * np.log(soft)).sum().astype(np.longdouble)) / 40
     certificate = cvxnn.certify(problem, np.zeros(problem.operator.block_shape), dual=np.zeros((40, 3)))
-    zero_bound = cvxnn.certificates.dual_bound(problem, torch.zeros(40, 3, dtype=torch.float64), torch.zeros(3))
+    zero_bound = dual_bound(problem, torch.zeros(40, 3, dtype=torch.float64), torch.zeros(3))
     assert infimum - 1e-12 <= zero_bound.lower_bound < infimum
     assert certificate.lower_bound <= certificate.primal
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cvxnn.certificates import certify, dual_bound, evaluate, relative_gap
+from cvxnn.bounds import dual_bound
+from cvxnn.certificates import certify, evaluate, relative_gap
 from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
