@@ -146,9 +146,12 @@ class MLPOperator(Operator):
         return hidden.unsqueeze(2) * v.unsqueeze(1)
 
     def kernel(self) -> torch.Tensor:
-        K = self.X @ self.X.T
-        if self._patterns is not None:
-            K *= self._mask @ self._mask.T
+        n = self.n_samples
+        K = self.X.new_empty(n, n)
+        for rows in row_batches(n, n * self.X.element_size()):
+            torch.mm(self.X[rows], self.X.T, out=K[rows])
+            if self._patterns is not None:
+                K[rows] *= self._mask[rows] @ self._mask.T
         return K
 
     def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:
