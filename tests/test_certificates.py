@@ -357,6 +357,6 @@ def test_weight_zero_samples_do_not_count():
 
 def test_bound_of_a_zero_dual_is_the_infimum():
     problem = make_problem()
-    bound = dual_bound(problem, torch.zeros_like(problem.Y), torch.ones(2, dtype=torch.float64))
+    bound = dual_bound(problem, torch.zeros_like(problem.Y))
     assert bound.lower_bound == 0.0
     assert 0 <= bound.dual_norm < 1e-300

@@ -64,7 +64,7 @@ def test_the_lower_bound_at_zero_does_not_pass_the_infimum():
     problem = problem.with_beta(2 * problem.beta_max)
     infimum = -float((soft * np.log(soft)).sum().astype(np.longdouble)) / 40
     certificate = cvxnn.certify(problem, np.zeros(problem.operator.block_shape), dual=np.zeros((40, 3)))
-    zero_bound = dual_bound(problem, torch.zeros(40, 3, dtype=torch.float64), torch.zeros(3))
+    zero_bound = dual_bound(problem, torch.zeros(40, 3, dtype=torch.float64))
     assert infimum - 1e-12 <= zero_bound.lower_bound < infimum
     assert certificate.lower_bound <= certificate.primal
 
@@ -105,3 +105,32 @@ def test_read_only_data_are_taken_without_a_warning(recwarn):
     frozen.flags.writeable = False
     cvxnn.mlp_problem(frozen, Y, n_gates=5)
     assert not [str(warning.message) for warning in recwarn]
+
+
+@pytest.mark.parametrize("loss", ["squared", "huber", "cross_entropy", "logistic"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_column_sums_of_a_dual_are_paid_for(loss, reduction):
+    """A bound holds for a dual point whose columns do not sum to zero, though the best intercept is large."""
+    targets = 20 + Y if loss in {"squared", "huber"} else np.eye(2)[(X[:, 0] > 0.3).astype(int)]
+    problem = cvxnn.mlp_problem(
+        X + 50.0, targets, n_gates=8, loss=loss, reduction=reduction, output_bias=True, beta=1e-2
+    )
+    best = cvxnn.solve(problem, "admm", tol=1e-7)
+    assert best.status == "certified"
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-12, 1e-6, 1e-3, 1e-1):
+        nu = best.dual + size * best.dual.abs().max() * torch.randn(best.dual.shape, generator=generator).double()
+        bound = dual_bound(problem, nu)
+        assert bound.lower_bound <= best.objective
+    assert dual_bound(problem, best.dual).lower_bound == pytest.approx(best.objective, rel=1e-6)
+
+
+def test_intercepts_are_within_the_bound_of_the_loss():
+    for loss in ("squared", "huber", "cross_entropy", "logistic"):
+        targets = 20 + Y if loss in {"squared", "huber"} else np.eye(2)[(X[:, 0] > 0.3).astype(int)]
+        problem = cvxnn.mlp_problem(X + 50.0, targets, n_gates=8, loss=loss, output_bias=True, beta=1e-2)
+        best = cvxnn.solve(problem, "admm", tol=1e-7)
+        value = float(problem.loss.value(torch.zeros_like(problem.Y), problem.Y, problem.weights))
+        sizes = problem.loss.intercept_bound(value, problem.Y, problem.weights)
+        reach = 2 * problem.operator.prediction_norm * best.certificate.penalty
+        assert bool((best.intercept.abs() <= sizes + reach).all())

@@ -9,7 +9,7 @@ import torch
 
 from cvxnn.problem import Problem
 
-__all__ = ["DualBound", "dual_bound"]
+__all__ = ["DualBound", "dual_bound", "intercept_leak"]
 
 _EPS = 2.0**-53
 #: More than what underflow can take from a dual norm, and the smallest scale whose rounding is still relative.
@@ -32,22 +32,20 @@ class DualBound:
         return float(self.norms_upper.max())
 
 
-def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> DualBound:
+def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
     """Lower bound -F*(s nu) with the best s, |s| q(nu) <= beta, rounding subtracted.
 
     Parameters
     ----------
     nu : torch.Tensor of shape (n, c), float64
         Any dual direction; with an output bias it must come from ``center_dual``.
-    magnitude : torch.Tensor of shape (c,)
-        Size of the intercepts that are to be covered; only what rounding leaves of 1^T nu = 0 is
-        multiplied with it.
+        What rounding leaves of 1^T nu = 0 is covered by :func:`intercept_leak`.
     """
     op = problem.operator.double()
     nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
     blocks = op.adjoint(nu)
-    n, c = nu.shape
-    rounding = op.adjoint_rounding(nu) * (1 + c / n)
+    leak_error, leak_size = intercept_leak(problem, nu)
+    rounding = op.adjoint_rounding(nu) + leak_error
     lower, upper = problem.norm.dual(blocks, math.inf if math.isnan(rounding) else rounding)
     q = float(upper.max()) + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
@@ -60,13 +58,40 @@ def dual_bound(problem: Problem, nu: torch.Tensor, magnitude: torch.Tensor) -> D
         conjugate = float(problem.loss.conjugate(scaled, Y, w))
         terms = float(problem.loss.conjugate_terms_magnitude(scaled, Y, w))
         allowance = nu.numel() * (4 * _EPS * terms + torch.finfo(nu.dtype).tiny)
-        if problem.output_bias:
-            leak = scaled.sum(0).abs() + n * _EPS * scaled.abs().sum(0)
-            allowance += float(leak @ magnitude)
+        allowance += scale * leak_size
         if math.isfinite(conjugate):
             bound = max(bound, -conjugate - allowance)
     blocks, lower, upper = (_times_power(part, exponent) for part in (blocks, lower, upper))
     return DualBound(bound, blocks, lower, upper)
+
+
+def intercept_leak(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:
+    """What delta = 1^T nu, not exactly 0, can cost: an error of A*(nu), and an amount per unit of scale.
+
+    With an intercept the bound is off by delta . b for a best intercept b. At any optimum the entries of b
+    are at most B + 2 R Omega(Z), with R the largest norm that a prediction can have where Omega is 1, and B
+    from the loss alone (:meth:`Loss.intercept_bound`), as F is at most its value at Z = 0, b = 0. The part
+    with Omega acts like an error of 2 R ||delta||_1 in A*(nu), the other one is subtracted.
+    """
+    if not problem.output_bias:
+        return 0.0, 0.0
+    rounding = 2 * len(nu).bit_length() * _EPS * nu.abs().sum(0)
+    delta = _pairwise_sum(nu).abs() + rounding
+    zero = torch.zeros_like(problem.Y64)
+    value = float(problem.loss.value(zero, problem.Y64, problem.weights))
+    sizes = problem.loss.intercept_bound(value, problem.Y64, problem.weights)
+    cost = float(torch.where(delta > 0, delta * sizes, 0.0).sum())
+    return 2 * problem.operator.double().prediction_norm * float(delta.sum()), cost
+
+
+def _pairwise_sum(values: torch.Tensor) -> torch.Tensor:
+    """Column sums by repeated halving: at most log2(rows) + 1 roundings of each term."""
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        folded = values[:half].clone()
+        folded[: len(values) - half] += values[half:]
+        values = folded
+    return values[0]
 
 
 def _normalised(nu: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -195,10 +195,10 @@ def certify(
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     point = evaluate(problem, Z, factors=factors, intercept=intercept)
     nu = problem.dual_candidate(point.predictions)
-    natural = dual_bound(problem, nu, point.magnitude)
+    natural = dual_bound(problem, nu)
     lower = natural.lower_bound
     for candidate in _candidates(problem, dual):
-        lower = max(lower, dual_bound(problem, candidate, point.magnitude).lower_bound)
+        lower = max(lower, dual_bound(problem, candidate).lower_bound)
     stationarity = _stationarity(problem, point, natural.blocks)
     ratios = natural.norms_upper / problem.beta
     return Certificate(
@@ -226,7 +226,6 @@ class Evaluation:
     intercept: torch.Tensor
     outputs: torch.Tensor
     predictions: torch.Tensor
-    magnitude: torch.Tensor
     loss: float
     penalty: float
     primal: float
@@ -266,7 +265,6 @@ def evaluate(
         intercept=offset,
         outputs=outputs,
         predictions=predictions,
-        magnitude=predictions.abs().amax(0) + problem.Y64.abs().amax(0) + offset.abs(),
         loss=loss,
         penalty=penalty,
         primal=loss + problem.beta * penalty,

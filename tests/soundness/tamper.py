@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from cvxnn import certificates
+from cvxnn import bounds
 from cvxnn.losses import LOSSES
 from cvxnn.norms import MatrixNorm
 
@@ -27,8 +27,7 @@ def tampered(kind: str | None) -> Iterator[None]:
         elif kind == "intercept":
             for loss in LOSSES.values():
                 stack.enter_context(mock.patch.object(loss, "center_dual", _not_centered))
-            wrong = _forgetful(certificates.dual_bound)
-            stack.enter_context(mock.patch.object(certificates, "dual_bound", wrong))
+            stack.enter_context(mock.patch.object(bounds, "intercept_leak", _no_leak))
         elif kind is not None:
             raise ValueError(f"kind is {kind!r}; one of {TAMPERINGS} is wanted")
         yield
@@ -46,10 +45,6 @@ def _not_centered(self: Any, nu: torch.Tensor, Y: torch.Tensor, w: torch.Tensor)
     return nu
 
 
-def _forgetful(dual_bound: Any) -> Any:
-    """`dual_bound` that allows nothing for column sums other than zero."""
-
-    def tampered_bound(problem: Any, nu: torch.Tensor, magnitude: torch.Tensor) -> Any:
-        return dual_bound(problem, nu, torch.zeros_like(magnitude))
-
-    return tampered_bound
+def _no_leak(problem: Any, nu: torch.Tensor) -> tuple[float, float]:
+    """`intercept_leak` that allows nothing for column sums other than zero."""
+    return 0.0, 0.0

@@ -101,6 +101,15 @@ class Loss(ABC):
         return used_rows(nu, w)
 
     @abstractmethod
+    def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
+        """Bounds (c,) of the predictions that the loss allows, with which those of a best intercept follow.
+
+        Where F(T) <= ``value``, every output has samples, or a weighted mean of them, at which the sizes (or,
+        for losses that see differences of outputs only, these differences) are at most the bound: an
+        intercept with T = A(Z) + 1 b^T is then at most the bound plus what A(Z) is at these samples.
+        """
+
+    @abstractmethod
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down; may be infinite."""
 

@@ -1,5 +1,6 @@
 """Softmax cross-entropy with targets in the probability simplex."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -179,6 +180,11 @@ class CrossEntropy(EntropyLoss):
         """Entries of classes without target mass at least 0, and rows that sum to 0."""
         nu = used_rows(nu, w)
         return balance(torch.where(Y > 0, nu, nu.clamp(min=0)), Y.argmax(1, keepdim=True))
+
+    def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
+        """Differences t_j - t_c are at most value / (w_i Y_ic) at every sample; infinite for absent classes."""
+        share = (w[:, None] * used_rows(Y, w)).amax(0).amin()
+        return torch.full_like(Y[0], value / float(share) if float(share) > 0 else math.inf)
 
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down.

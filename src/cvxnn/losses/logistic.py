@@ -160,6 +160,12 @@ class Logistic(EntropyLoss):
         nu = torch.where(Y > 0, nu, nu.clamp(min=0))
         return torch.where(Y < 1, nu, nu.clamp(max=0))
 
+    def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
+        """t <= value / (w_i (1 - Y_ic)) and -t <= value / (w_i Y_ic) at every sample; infinite for one class."""
+        ones = (w[:, None] * used_rows(Y, w)).amax(0)
+        zeros = (w[:, None] * used_rows(1 - Y, w)).amax(0)
+        return value / torch.minimum(ones, zeros)
+
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down.
 

@@ -99,6 +99,10 @@ class Squared(ResidualLoss):
         first = weighted_mean(Y - T, w)
         return first + weighted_mean(Y - (T + first), w)
 
+    def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
+        """|Y| plus the weighted mean of |T - Y|, at most the root of 2 value / sum w."""
+        return Y.abs().amax(0) + math.sqrt(2 * value / float(w.sum()))
+
 
 @dataclass(frozen=True)
 class Huber(ResidualLoss):
@@ -158,3 +162,7 @@ class Huber(ResidualLoss):
 
         first = (weight @ shift) / weight.sum() if start is None else start
         return increasing_root(slope, lower, upper, start=first, tolerance=2 * torch.finfo(T.dtype).eps)
+
+    def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
+        """|Y| plus the weighted mean of |T - Y|, as the loss is at least delta |t - y| - delta^2 / 2."""
+        return Y.abs().amax(0) + value / (self.delta * float(w.sum())) + self.delta / 2

@@ -141,7 +141,8 @@ def _intercept_newton(T: Tensor, Y: Tensor, w: Tensor, b: Tensor) -> tuple[Tenso
             trial = b + 0.5**halvings * step
             trial_value = loss(trial)
             bound = value + 1e-4 * 0.5**halvings * decrease + 4 * eps * value.abs()
-            if bool((decrease <= 0) & (trial_value <= bound)):
+            # Where all predictions are saturated, the Hessian underflows and the step is not finite.
+            if bool((decrease <= 0) & (trial_value <= bound) & trial.isfinite().all()):
                 accepted = True
                 break
         if not accepted:
@@ -149,7 +150,7 @@ def _intercept_newton(T: Tensor, Y: Tensor, w: Tensor, b: Tensor) -> tuple[Tenso
             trial_value = loss(trial)
         change = (trial - b).abs().amax()
         b, value = trial, trial_value
-        converged = bool(change <= 2 * eps * (1 + b.abs().amax()))
+        converged = bool(change <= 2 * eps * (1 + b.abs().amax()) and b.isfinite().all())
         if converged:
             break
     return b, converged

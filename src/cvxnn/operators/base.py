@@ -67,6 +67,11 @@ class Operator(ABC):
     def adjoint_rounding(self, L: torch.Tensor) -> float:
         """Bound on the Frobenius norm of the rounding error in each block of `adjoint(L)`."""
 
+    @property
+    @abstractmethod
+    def prediction_norm(self) -> float:
+        """The largest Frobenius norm of a block of A*(e_i) for one sample i and one output, rounded up."""
+
     @abstractmethod
     def apply_rounding(self, Z: torch.Tensor) -> float:
         """Bound on the Frobenius norm of the rounding error in `apply(Z)`."""

@@ -122,6 +122,14 @@ class MLPOperator(Operator):
         eps = torch.finfo(self.dtype).eps / 2
         return 4 * self.n_samples * eps * self._norm * _frobenius(L)
 
+    @cached_property
+    def prediction_norm(self) -> float:
+        largest = float(self.X.abs().max())
+        if largest == 0:
+            return 0.0
+        norms = torch.linalg.vector_norm(self.X / largest, dim=1)
+        return float(norms.max()) * largest * (1 + 4 * self.X.shape[1] * torch.finfo(self.dtype).eps)
+
     def apply_rounding(self, Z: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
         blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())

@@ -61,7 +61,7 @@ class _Best:
             nu = point.dual.double()
             if problem.output_bias:
                 nu = problem.loss.center_dual(nu, problem.Y64, problem.weights)
-        bound = dual_bound(problem, nu, seen.magnitude).lower_bound
+        bound = dual_bound(problem, nu).lower_bound
         if bound > self.lower:
             self.lower, self.dual = bound, nu
         return True
