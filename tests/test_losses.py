@@ -75,6 +75,19 @@ def test_gradient_matches_finite_differences(loss, soft, zeros):
 
 
 @over_losses
+@cases
+def test_hessian_product_matches_finite_differences(loss, soft, zeros):
+    T, Y, w = make(loss, soft=soft, zeros=zeros)
+    D = torch.from_numpy(np.random.default_rng(1).standard_normal((2, *T.shape)))
+    found = loss.hessian_product(T, Y, w, D)
+    assert found.shape == D.shape
+    h = 1e-6
+    for direction, product in zip(D, found, strict=True):
+        slope = (loss.gradient(T + h * direction, Y, w) - loss.gradient(T - h * direction, Y, w)) / (2 * h)
+        np.testing.assert_allclose(product, slope, atol=1e-8)
+
+
+@over_losses
 def test_smoothness_bounds_the_gradient(loss):
     ratios = []
     for seed in range(50):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -313,3 +314,20 @@ def test_float32(pair, threshold):
     assert W.dtype == values.dtype == torch.float32
     assert (W - W_double).abs().max() < 1e-4 * max(threshold, 0.05)
     assert torch.allclose(values.double(), values_double, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("name", ["l1", "l2", "linf"])
+def test_prox_of_half_the_squared_norm(name, weight):
+    norm = VECTOR_NORMS[name]
+    rng = np.random.default_rng(0)
+    z = torch.from_numpy(rng.standard_normal((20, 4)))
+    found = norm.prox_square(z, weight)
+
+    def objective(w):
+        return weight / 2 * norm.value(w).square() + (w - z).square().sum(-1) / 2
+
+    for scale in (1e-4, 1e-2, 1.0):
+        for _ in range(50):
+            other = found + scale * torch.from_numpy(rng.standard_normal(found.shape))
+            assert bool((objective(found) <= objective(other) + 1e-14).all())

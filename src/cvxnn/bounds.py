@@ -22,7 +22,6 @@ class DualBound:
     """A lower bound of the optimum from one dual candidate nu, and what was found on the way."""
 
     lower_bound: float
-    blocks: torch.Tensor
     norms_lower: torch.Tensor
     norms_upper: torch.Tensor
 
@@ -40,13 +39,18 @@ def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
     nu : torch.Tensor of shape (n, c), float64
         Any dual direction; with an output bias it must come from ``center_dual``.
         What rounding leaves of 1^T nu = 0 is covered by :func:`intercept_leak`.
+
+    Notes
+    -----
+    The blocks of A*(nu) are formed a few gates at a time (:meth:`Operator.gate_batches`) and not kept.
     """
     op = problem.operator.double()
     nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
-    blocks = op.adjoint(nu)
     leak_error, leak_size = intercept_leak(problem, nu)
     rounding = op.adjoint_rounding(nu) + leak_error
-    lower, upper = problem.norm.dual(blocks, math.inf if math.isnan(rounding) else rounding)
+    error = math.inf if math.isnan(rounding) else rounding
+    batches = [problem.norm.dual(op.adjoint_blocks(nu, gates), error) for gates in op.gate_batches()]
+    lower, upper = (torch.cat(parts) for parts in zip(*batches, strict=True))
     q = float(upper.max()) + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
     s_max = problem.beta / q * (1 - 8 * _EPS)
@@ -61,8 +65,7 @@ def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
         allowance += scale * leak_size
         if math.isfinite(conjugate):
             bound = max(bound, -conjugate - allowance)
-    blocks, lower, upper = (_times_power(part, exponent) for part in (blocks, lower, upper))
-    return DualBound(bound, blocks, lower, upper)
+    return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent))
 
 
 def intercept_leak(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:

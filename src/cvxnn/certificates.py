@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cvxnn.bounds import DualBound, dual_bound
+from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
 from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
@@ -132,32 +133,26 @@ def relative_gap(primal: float, lower: float) -> float:
     return difference / lower if lower > 0 else math.inf
 
 
-def _convex_stationarity(problem: Problem, Z: torch.Tensor, blocks: torch.Tensor, penalty: float) -> float:
-    """Relative residual of (68), (69) at the balanced factors of Z; of their inner product for other norms."""
+def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -> float:
+    """Relative residual of (68), (69); for other norms, of their inner product with the columns."""
     beta = problem.beta
-    if penalty == 0:
-        return 0.0
+    left, right = problem.operator.double().adjoint_columns(columns, nu)
     if problem.norm.name != "nuclear":
-        gap = beta * problem.norm.value(Z)[1] + (blocks * Z).sum((1, 2))
-        return float(gap.abs().sum()) / (beta * penalty)
-    P, s, Qt = torch.linalg.svd(Z, full_matrices=False)
-    U, V = P * s.sqrt().unsqueeze(1), Qt.mT * s.sqrt().unsqueeze(1)
-    return _factor_stationarity(beta, U, V, blocks)
-
-
-def _factor_stationarity(beta: float, U: torch.Tensor, V: torch.Tensor, blocks: torch.Tensor) -> float:
-    size = float(U.square().sum() + V.square().sum())
+        cost = beta * _column_penalties(problem, columns.u, columns.v)
+        gap = cost + (left * columns.u).sum(1)
+        return float(gap.abs().sum() / cost.sum()) if float(cost.sum()) > 0 else 0.0
+    size = float(columns.u.square().sum() + columns.v.square().sum())
     if size == 0:
         return 0.0
-    left, right = blocks @ V + beta * U, blocks.mT @ U + beta * V
+    left, right = left + beta * columns.u, right + beta * columns.v
     return math.sqrt(float(left.square().sum() + right.square().sum()) / size) / beta
 
 
-def _factor_penalty(problem: Problem, U: torch.Tensor, V: torch.Tensor) -> float:
-    """1/2 sum (||u||_C^2 + ||v||_R^2) of the columns, the penalty of (14)."""
-    left = VECTOR_NORMS[problem.norm.left].value(U.mT)
-    right = VECTOR_NORMS[problem.norm.right].value(V.mT)
-    return float(left.square().sum() + right.square().sum()) / 2
+def _column_penalties(problem: Problem, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """1/2 (||u_j||_C^2 + ||v_j||_R^2) of each column, the penalty of (14)."""
+    left = VECTOR_NORMS[problem.norm.left].value(u)
+    right = VECTOR_NORMS[problem.norm.right].value(v)
+    return (left.square() + right.square()) / 2
 
 
 def certify(
@@ -199,7 +194,7 @@ def certify(
     lower = natural.lower_bound
     for candidate in _candidates(problem, dual):
         lower = max(lower, dual_bound(problem, candidate).lower_bound)
-    stationarity = _stationarity(problem, point, natural.blocks)
+    stationarity = _stationarity(problem, point, nu)
     ratios = natural.norms_upper / problem.beta
     return Certificate(
         primal=point.primal,
@@ -242,7 +237,7 @@ def evaluate(
     if factors is not None:
         pair = _check_factors(problem, factors)
         outputs = op.apply_factors(*pair)
-        penalty = _factor_penalty(problem, *pair)
+        penalty = float(_column_penalties(problem, pair[0].mT, pair[1].mT).sum())
     else:
         blocks = _tensor(problem, Z, "Z")
         if tuple(blocks.shape) != op.block_shape:
@@ -285,16 +280,20 @@ def _check_factors(problem: Problem, factors: tuple[Any, Any]) -> tuple[torch.Te
     return U, V
 
 
-def _stationarity(problem: Problem, point: Evaluation, blocks: torch.Tensor) -> float:
+def _stationarity(problem: Problem, point: Evaluation, nu: torch.Tensor) -> float:
     """Relative residual of the stationarity conditions, that of the intercept included."""
-    if point.factors is not None and problem.norm.name == "nuclear":
-        residual = _factor_stationarity(problem.beta, *point.factors, blocks)
+    if not math.isfinite(point.primal):
+        return math.inf
+    if point.factors is not None:
+        residual = _factor_stationarity(problem, Columns.from_factors(*point.factors), nu)
+    elif point.penalty == 0 or point.Z is None:
+        residual = 0.0
+    elif problem.norm.name == "nuclear":
+        residual = _factor_stationarity(problem, Columns.from_blocks(point.Z), nu)
     else:
-        Z = point.Z
-        if point.factors is not None:
-            Z = point.factors[0] @ point.factors[1].mT
-        assert Z is not None
-        residual = _convex_stationarity(problem, Z, blocks, point.penalty)
+        blocks = problem.operator.double().adjoint(nu)
+        gap = problem.beta * problem.norm.value(point.Z)[1] + (blocks * point.Z).sum((1, 2))
+        residual = float(gap.abs().sum()) / (problem.beta * point.penalty)
     if problem.output_bias:
         gradient = problem.loss.gradient(point.predictions, problem.Y64, problem.weights)
         size = float(gradient.abs().sum())

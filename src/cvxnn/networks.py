@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
-from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 
 __all__ = ["TwoLayerNetwork", "balanced_factors", "build_network", "padded_factors"]
@@ -120,27 +120,13 @@ def balanced_factors(
         keep = values > 0
         index = keep.nonzero()[:, 0]
         U, V = left.mT[keep].T, right[keep].T * values[keep]
-    U, V = _balance(U, V, norms)
-    cost = _sizes(U, norms[0]) * _sizes(V, norms[1])
-    large = cost > tolerance * cost.amax(0, keepdim=True) if len(cost) else cost > 0
-    return U[:, large], V[:, large], index[large]
+    columns = Columns(index, U.T, V.T).balanced(norms).without_zeros(tolerance, norms)
+    return columns.u.T, columns.v.T, columns.gate
 
 
 def _unit_vectors(index: torch.Tensor, n: int, like: torch.Tensor) -> torch.Tensor:
     """Columns e_i (n, m) for the entries i of an index (m,)."""
     return torch.eye(n, dtype=like.dtype, device=like.device)[:, index]
-
-
-def _balance(U: torch.Tensor, V: torch.Tensor, norms: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns, none of them zero, scaled to ||u_j||_C = ||v_j||_R with the same u_j v_j^T."""
-    left, right = _sizes(U, norms[0]).sqrt(), _sizes(V, norms[1]).sqrt()
-    return U / left * right, V / right * left
-
-
-def _sizes(columns: torch.Tensor, norm: str) -> torch.Tensor:
-    """Norms of columns that are not zero; squares neither under- nor overflow."""
-    largest = columns.abs().amax(0)
-    return VECTOR_NORMS[norm].value((columns / largest).T) * largest
 
 
 def padded_factors(network: TwoLayerNetwork, norms: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,20 +144,11 @@ def padded_factors(network: TwoLayerNetwork, norms: tuple[str, str]) -> tuple[to
         With m the largest number of neurons of a gate (at least 1), and zero columns behind the others. Neurons
         with u_j = 0 or v_j = 0 are left out.
     """
-    U, V = network.hidden.detach().double(), network.output.detach().double().T
+    U, V = network.hidden.detach().double().T, network.output.detach().double()
     index = network.gate_index
-    index = torch.zeros(U.shape[1], dtype=torch.long, device=U.device) if index is None else index
-    used = (U != 0).any(0) & (V != 0).any(0)
-    index, order = index[used].sort(stable=True)
-    U, V = _balance(U[:, used][:, order], V[:, used][:, order], norms)
+    index = torch.zeros(len(U), dtype=torch.long, device=U.device) if index is None else index
     n_gates = 1 if network.gates is None else network.gates.shape[1]
-    counts = torch.bincount(index, minlength=n_gates)
-    m = max(1, int(counts.max()))
-    place = torch.arange(len(index), device=U.device) - (counts.cumsum(0) - counts)[index]
-    padded = U.new_zeros(n_gates, m, len(U)), V.new_zeros(n_gates, m, len(V))
-    for part, columns in zip(padded, (U, V), strict=True):
-        part[index, place] = columns.T
-    return padded[0].mT.contiguous(), padded[1].mT.contiguous()
+    return Columns(index, U, V).without_zeros().balanced(norms).factors(n_gates)
 
 
 def build_network(
@@ -200,9 +177,8 @@ def build_network(
         There are neither blocks nor factors.
     """
     if factors is not None:
-        left, right = (part.detach().mT for part in factors)
-        keep = (left != 0).any(2) & (right != 0).any(2)
-        U, V, index = left[keep].T, right[keep].T, keep.nonzero()[:, 0]
+        columns = Columns.from_factors(*(part.detach() for part in factors)).without_zeros()
+        U, V, index = columns.u.T, columns.v.T, columns.gate
     elif Z is not None:
         U, V, index = balanced_factors(Z, (problem.norm.left, problem.norm.right))
     else:

@@ -50,6 +50,13 @@ class Loss(ABC):
         """Gradient of F at ``T``, (n, c), weights included."""
 
     @abstractmethod
+    def hessian_product(self, T: Tensor, Y: Tensor, w: Tensor, D: Tensor) -> Tensor:
+        """Derivative of the gradient at ``T`` along ``D``, (..., n, c); a generalised one at a kink.
+
+        ``D`` is (n, c) or a batch of such directions.
+        """
+
+    @abstractmethod
     def conjugate(self, L: Tensor, Y: Tensor, w: Tensor) -> Tensor:
         """F*(L) = sum_i w_i f*(L_i / w_i; y_i), a 0-d tensor; infinite outside the domain of F*.
 

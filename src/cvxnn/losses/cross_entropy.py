@@ -109,6 +109,12 @@ class CrossEntropy(EntropyLoss):
         """w (softmax(T) - Y), (n, c); the entry of the largest target is minus the sum of the others."""
         return weighted_rows(softmax_error(T, used_rows(Y, w))[0], w)
 
+    def hessian_product(self, T: Tensor, Y: Tensor, w: Tensor, D: Tensor) -> Tensor:
+        """w (diag(p) - p p^T) D row by row, p the softmax of T (times the mass of the target), (..., n, c)."""
+        mass = used_rows(Y, w).sum(1, keepdim=True)
+        p = torch.softmax(T, dim=1)
+        return weighted_rows(mass * p * (D - (p * D).sum(-1, keepdim=True)), w)
+
     def _terms(self, L: Tensor, Y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Terms Q log(Q / mass) (n, c), and whether ``L`` is in the domain, 0-d."""
         rows = _DualRows.of(L, Y, w)

@@ -64,6 +64,10 @@ class Logistic(EntropyLoss):
         """w (sigmoid(T) - Y), (n, c)."""
         return weighted_rows(_error(T, Y), w)
 
+    def hessian_product(self, T: Tensor, Y: Tensor, w: Tensor, D: Tensor) -> Tensor:
+        """w p (1 - p) D, p the sigmoid of T, (..., n, c)."""
+        return weighted_rows(torch.sigmoid(T) * torch.sigmoid(-T) * D, w)
+
     def _terms(self, L: Tensor, Y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The two terms of f* for each entry, (n, c), and whether ``L`` is in the domain, 0-d."""
         scaled, targets = per_sample(L, w), used_rows(Y, w)

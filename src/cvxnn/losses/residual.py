@@ -90,6 +90,10 @@ class Squared(ResidualLoss):
         """w (T - Y), (n, c)."""
         return weighted_rows(T - Y, w)
 
+    def hessian_product(self, T: Tensor, Y: Tensor, w: Tensor, D: Tensor) -> Tensor:
+        """w D, (..., n, c)."""
+        return weighted_rows(D, w)
+
     def prox(self, T: Tensor, Y: Tensor, w: Tensor, sigma: float, start: Tensor | None = None) -> Tensor:
         """(w Y + sigma T) / (w + sigma), (n, c)."""
         return torch.where(w[:, None] > 0, (w[:, None] * Y + sigma * T) / (w[:, None] + sigma), T)
@@ -136,6 +140,10 @@ class Huber(ResidualLoss):
     def gradient(self, T: Tensor, Y: Tensor, w: Tensor) -> Tensor:
         """w clip(T - Y, -delta, delta), (n, c)."""
         return weighted_rows((T - Y).clamp(-self.delta, self.delta), w)
+
+    def hessian_product(self, T: Tensor, Y: Tensor, w: Tensor, D: Tensor) -> Tensor:
+        """w D where the error is at most delta, else 0, (..., n, c)."""
+        return weighted_rows(torch.where((T - Y).abs() <= self.delta, D, 0.0), w)
 
     def prox(self, T: Tensor, Y: Tensor, w: Tensor, sigma: float, start: Tensor | None = None) -> Tensor:
         """Closed form, (n, c): that of the squared loss, or T moved by delta w / sigma where Y is far."""

@@ -38,6 +38,10 @@ class VectorNorm(ABC):
         """
 
     @abstractmethod
+    def prox_square(self, z: Tensor, weight: float) -> Tensor:
+        """argmin_w weight/2 ||w||^2 + 1/2 ||w - z||_2^2 for `z` (..., n), weight >= 0."""
+
+    @abstractmethod
     def radius(self, n: int) -> float:
         """Largest Euclidean norm in the unit ball of R^n."""
 
@@ -58,6 +62,13 @@ class _L1(VectorNorm):
     def prox(self, z: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
         magnitude = (z.abs() - threshold).clamp_min_(0)
         return torch.copysign(magnitude, z), magnitude.sum(-1)
+
+    def prox_square(self, z: Tensor, weight: float) -> Tensor:
+        """Soft threshold at weight times the norm of the result, which is the largest that fits."""
+        totals = z.abs().sort(dim=-1, descending=True).values.cumsum(-1)
+        counts = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+        size = (totals / (1 + weight * counts)).amax(-1, keepdim=True)
+        return self.prox(z, weight * size)[0]
 
     def radius(self, n: int) -> float:
         return 1.0
@@ -80,6 +91,9 @@ class _L2(VectorNorm):
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         shrink = torch.where(norm <= threshold, 0.0, 1 - threshold / norm)
         return z * shrink, (shrink * norm).squeeze(-1)
+
+    def prox_square(self, z: Tensor, weight: float) -> Tensor:
+        return z / (1 + weight)
 
     def radius(self, n: int) -> float:
         return 1.0
@@ -105,6 +119,12 @@ class _LInf(VectorNorm):
         level = ((totals - threshold) / counts).amax(-1, keepdim=True).clamp_min(0)
         clipped = torch.minimum(magnitude, level)
         return torch.copysign(clipped, z), clipped.amax(-1)
+
+    def prox_square(self, z: Tensor, weight: float) -> Tensor:
+        """Through the dual norm l1: z minus weight times its prox at z / weight (Moreau)."""
+        if weight == 0:
+            return z
+        return z - weight * VECTOR_NORMS["l1"].prox_square(z / weight, 1 / weight)
 
     def radius(self, n: int) -> float:
         return float(n) ** 0.5

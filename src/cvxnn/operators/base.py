@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.columns import Columns
+
 __all__ = ["Operator", "row_batches"]
 
 #: Bytes that the temporary of one batch may take; of the order of a last-level cache.
 BATCH_BYTES = 16 * 2**20
+#: Bytes of blocks that are formed at once where they need not be there together; one block may take more.
+BLOCK_BYTES = 2 * 2**20
 
 
 def row_batches(n_rows: int, bytes_per_row: int) -> list[slice]:
@@ -63,6 +67,16 @@ class Operator(ABC):
     def adjoint(self, L: torch.Tensor) -> torch.Tensor:
         """Blocks A*(L), shape (P, p, q), of predictions L of shape (n, c)."""
 
+    def gate_batches(self) -> list[slice]:
+        """Slices of gates whose blocks take at most `BLOCK_BYTES`, or one gate each where a block takes more."""
+        n_gates, p, q = self.block_shape
+        size = max(1, min(n_gates, BLOCK_BYTES // (8 * p * q)))
+        return [slice(start, min(start + size, n_gates)) for start in range(0, n_gates, size)]
+
+    @abstractmethod
+    def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
+        """The blocks of `adjoint(L)` that belong to a slice of the gates."""
+
     @abstractmethod
     def adjoint_rounding(self, L: torch.Tensor) -> float:
         """Bound on the Frobenius norm of the rounding error in each block of `adjoint(L)`."""
@@ -76,9 +90,41 @@ class Operator(ABC):
     def apply_rounding(self, Z: torch.Tensor) -> float:
         """Bound on the Frobenius norm of the rounding error in `apply(Z)`."""
 
-    @abstractmethod
     def apply_factors(self, U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Predictions of Z_k = U_k V_k^T from the factors, U (P, p, m) and V (P, q, m)."""
+        return self.apply_columns(Columns.from_factors(U, V))
+
+    @abstractmethod
+    def hidden(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Activations h of columns u_j (r, p) in gate_j for some samples: the predictions of u_j v_j^T are h_j v_j^T.
+
+        Shape (rows, r).
+        """
+
+    @abstractmethod
+    def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The adjoint of `hidden` in u, (r, p), at M of shape (rows, r)."""
+
+    def adjoint_columns(self, columns: Columns, L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """G_k v_j (r, p) and G_k^T u_j (r, q) for every column j of gate k, with G = A*(L), without forming G."""
+        left, right = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
+        for rows in self.column_batches(len(columns)):
+            left += self.hidden_adjoint(columns.gate, L[rows] @ columns.v.T, rows)
+            right += self.hidden(columns.gate, columns.u, rows).T @ L[rows]
+        return left, right
+
+    def apply_columns(self, columns: Columns) -> torch.Tensor:
+        """Predictions (n, c) of the columns."""
+        parts = [self.hidden(columns.gate, columns.u, rows) @ columns.v for rows in self.column_batches(len(columns))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def column_batches(self, n_columns: int) -> list[slice]:
+        """Slices of samples whose activations for so many columns take at most `BATCH_BYTES`."""
+        return row_batches(self.n_samples, max(1, n_columns) * 8)
+
+    @abstractmethod
+    def subset(self, rows: torch.Tensor) -> Operator:
+        """The same map for some of the samples."""
 
     @abstractmethod
     def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvxnn.operators.base import Operator, row_batches
+from cvxnn.operators.base import BATCH_BYTES, Operator, row_batches
 from cvxnn.patterns import activation_patterns
 
 __all__ = ["MLPOperator"]
@@ -55,6 +55,8 @@ class MLPOperator(Operator):
             bits = activation_patterns(X.to("cpu", torch.float64).numpy(), gates)
             patterns = torch.from_numpy(bits).to(self.device)
         self._patterns = patterns
+        self._kept_gate: torch.Tensor | None = None
+        self._kept_mask = X
         width = self.n_gates * min(d, n_outputs)
         self._batches = row_batches(self.n_samples, width * X.element_size())
         self._mask_inputs = d < n_outputs
@@ -114,6 +116,42 @@ class MLPOperator(Operator):
             flat.addmm_(self.X[rows].T, masked.flatten(1))
         return flat.view(d, n_gates, c).permute(1, 0, 2)
 
+    def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
+        n_gates, d, c = self.block_shape
+        start, stop, _ = gates.indices(n_gates)
+        if stop - start == n_gates:
+            return self.adjoint(L)
+        blocks = L.new_zeros(stop - start, d, c)
+        for k in range(start, stop):
+            active = self.patterns[:, k].nonzero()[:, 0]
+            for rows in row_batches(len(active), (d + c) * L.element_size()):
+                chosen = active[rows]
+                blocks[k - start].addmm_(self.X[chosen].T, L[chosen])
+        return blocks
+
+    def _column_mask(self, gate: torch.Tensor, rows: slice) -> torch.Tensor | None:
+        """Patterns (rows, r) of the gates of r columns; kept from call to call where it is small."""
+        if self._patterns is None:
+            return None
+        if len(gate) * self.n_samples * self.X.element_size() > BATCH_BYTES:
+            return self._mask[rows][:, gate]
+        if self._kept_gate is not gate:
+            self._kept_gate, self._kept_mask = gate, self._mask[:, gate]
+        return self._kept_mask[rows]
+
+    def hidden(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        activations = self.X[rows] @ u.T
+        mask = self._column_mask(gate, rows)
+        return activations if mask is None else activations.mul_(mask)
+
+    def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
+        mask = self._column_mask(gate, rows)
+        return (M if mask is None else M * mask).T @ self.X[rows]
+
+    def subset(self, rows: torch.Tensor) -> MLPOperator:
+        bits = None if self._patterns is None else self._patterns[rows]
+        return MLPOperator(self.X[rows], self.n_outputs, self.gates, bits)
+
     @cached_property
     def _norm(self) -> float:
         return _frobenius(self.X)
@@ -134,18 +172,6 @@ class MLPOperator(Operator):
         eps = torch.finfo(self.dtype).eps / 2
         blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
         return 4 * (self.block_shape[1] + self.n_gates) * eps * self._norm * blocks
-
-    def apply_factors(self, U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        n_gates, d, m = U.shape
-        inner = U.permute(1, 0, 2).reshape(d, n_gates * m)
-        outer = V.permute(0, 2, 1).reshape(n_gates * m, self.n_outputs)
-        out = []
-        for rows in row_batches(self.n_samples, n_gates * m * self.X.element_size()):
-            hidden = (self.X[rows] @ inner).view(-1, n_gates, m)
-            if self._patterns is not None:
-                hidden = hidden * self._mask[rows].unsqueeze(2)
-            out.append(hidden.flatten(1) @ outer)
-        return torch.cat(out)
 
     def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         hidden = u @ self.X.T

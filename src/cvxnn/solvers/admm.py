@@ -96,8 +96,8 @@ class Admm(Solver):
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'fista'"
         return None
 
-    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
-        super().__init__(problem, options, tol, time_limit)
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
         self.op = problem.operator
         self.squared = problem.loss.name == "squared"
         self.weights = problem.weights.to(problem.dtype)
@@ -125,8 +125,8 @@ class Admm(Solver):
             self._warm_start(point)
 
     def _warm_start(self, point: Iterate) -> None:
-        self.W = point.Z.to(self.W)
-        outputs = self.op.double().apply(point.Z.double())
+        self.W = point.blocks().to(self.W)
+        outputs = self.op.double().apply(point.blocks().double())
         intercept = self.problem.best_intercept(outputs) if point.intercept is None else point.intercept.double()
         predictions = outputs + intercept
         dual = self.problem.dual_candidate(predictions) if point.dual is None else point.dual.double()
@@ -142,7 +142,7 @@ class Admm(Solver):
 
         Z is taken from a lightly regularised least-squares fit, or from the warm start.
         """
-        norm = 0.0 if point is None else float(torch.linalg.vector_norm(point.Z))
+        norm = 0.0 if point is None else float(torch.linalg.vector_norm(point.blocks()))
         if norm == 0:
             norm = self.ridge.fit_norm(self.problem.Y)
         if not (norm > 0 and math.isfinite(norm)):

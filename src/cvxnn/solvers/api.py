@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm
 from cvxnn.solvers.base import Iterate, Solver, make_options
+from cvxnn.solvers.burer_monteiro import BmGd, BmGlobal, BmLbfgs, BmNoisyGd, BmPrecGd, BmSgd
 from cvxnn.solvers.driver import Callback, run
 from cvxnn.solvers.fista import Fista
 from cvxnn.solvers.frank_wolfe import FrankWolfe
@@ -23,7 +25,10 @@ from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 
-SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Admm, Fista, FrankWolfe, InteriorPoint)}
+SOLVERS: dict[str, type[Solver]] = {
+    solver.name: solver
+    for solver in (Admm, Fista, FrankWolfe, InteriorPoint, BmGd, BmSgd, BmNoisyGd, BmPrecGd, BmLbfgs, BmGlobal)
+}
 
 
 def choose_solver(problem: Problem) -> str:
@@ -59,11 +64,13 @@ def solve(
     Parameters
     ----------
     problem : Problem
-    solver : {"auto", "admm", "fista", "frank_wolfe", "interior_point"}
+    solver : {"auto", "admm", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", "bm_noisy_gd", \
+            "bm_precgd", "bm_lbfgs", "bm_global"}
         "auto" takes ADMM where its factorisation fits in memory, otherwise FISTA; Frank-Wolfe for norms
         without a prox.
     rank : int, optional
-        Rank of a Burer-Monteiro factorisation; the convex solvers take None only.
+        Number of columns per gate of a Burer-Monteiro factorisation: fixed, except in "bm_global", which starts
+        with it. None leaves it to the solver; the convex solvers take None only.
     tol : float
         Relative duality gap at which the run ends as "certified".
     max_iter : int, optional
@@ -71,7 +78,7 @@ def solve(
     time_limit : float, optional
         Limit in seconds.
     random_state : int, RandomState or None
-        Unused by the convex solvers, which are deterministic.
+        Seed of the first factors, of mini-batches and of noise; the convex solvers are deterministic.
     init : Result, array-like (P, p, q) or pair (U, V), optional
         Warm start.
     solver_options : dict, optional
@@ -111,9 +118,10 @@ def solve(
     if not isinstance(name, str) or name not in SOLVERS:
         known = ", ".join(["auto", *SOLVERS])
         raise InvalidInputError(f"solver is {solver!r}; one of {known} is wanted")
-    if rank is not None:
-        raise UnsupportedError(f"rank={rank!r} is for Burer-Monteiro solvers; {name!r} takes rank=None")
     kind = SOLVERS[name]
+    if rank is not None and not kind.factored:
+        raise UnsupportedError(f"rank={rank!r} is for Burer-Monteiro solvers; {name!r} takes rank=None")
+    check_integer(rank, "rank", allow_none=True)
     options = make_options(kind, solver_options)
     lacking = kind.unsupported(problem)
     if lacking is not None:
@@ -123,10 +131,10 @@ def solve(
     if resume and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
     return run(
-        kind(problem, options, tol, time_limit),
+        kind(problem, options, tol, time_limit, rank, random_state),
         max_iter=kind.default_max_iter if max_iter is None else max_iter,
         time_limit=time_limit,
-        init=_as_iterate(problem, init),
+        init=_as_iterate(problem, init, kind.factored),
         checkpoint=checkpoint,
         resume=resume,
         callbacks=callbacks,
@@ -134,31 +142,45 @@ def solve(
     )
 
 
-def _as_iterate(problem: Problem, init: Any) -> Iterate | None:
-    """A warm start in the working type."""
+def _as_iterate(problem: Problem, init: Any, factored: bool) -> Iterate | None:
+    """A warm start in the working type: blocks, or factors for the solvers that work on these."""
     if init is None:
         return None
-    dual = factors = None
-    if isinstance(init, tuple) and len(init) != 2:
-        raise InvalidInputError(f"init is a tuple of {len(init)}; a pair (U, V), blocks or a Result is wanted")
-    if isinstance(init, Result):
-        blocks: Any = init.Z
-        factors = init.factors
+    dual: torch.Tensor | None = None
+    Z: Any = init
+    factors: Any = None
+    if isinstance(init, tuple):
+        if len(init) != 2:
+            raise InvalidInputError(f"init is a tuple of {len(init)}; a pair (U, V), blocks or a Result is wanted")
+        Z, factors = None, init
+    elif isinstance(init, Result):
+        Z, factors = init.Z, init.factors
         if init.problem.Y.shape == problem.Y.shape:
             dual = init.dual
-    else:
-        blocks = init
+    n_gates, p, q = problem.operator.block_shape
     try:
-        if isinstance(init, tuple):
-            U, V = (torch.as_tensor(part, dtype=torch.float64, device=problem.device) for part in init)
-            blocks, factors = U @ V.mT, (U, V)
-        Z = torch.as_tensor(blocks, dtype=problem.dtype, device=problem.device).detach()
+        if factors is not None:
+            U, V = (torch.as_tensor(part, dtype=torch.float64, device=problem.device).detach() for part in factors)
+            if U.ndim != 3 or V.ndim != 3 or U.shape[2] != V.shape[2]:
+                shapes = f"{tuple(U.shape)} and {tuple(V.shape)}"
+                raise InvalidInputError(f"init has factors of shapes {shapes}; (P, p, m) and (P, q, m) are wanted")
+            seen, factors = (len(U) if len(U) == len(V) else 0, U.shape[1], V.shape[1]), (U, V)
+            parts: tuple[torch.Tensor, ...] = (U, V)
+        if Z is not None:
+            Z = torch.as_tensor(Z, dtype=problem.dtype, device=problem.device).detach()
+            seen, parts = tuple(Z.shape), (Z,)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"init cannot be read as blocks or factors: {error}") from error
-    if tuple(Z.shape) != problem.operator.block_shape:
-        raise InvalidInputError(f"init has shape {tuple(Z.shape)}; {problem.operator.block_shape} is wanted")
-    if not bool(torch.isfinite(Z).all()):
+    if seen != (n_gates, p, q):
+        raise InvalidInputError(f"init has shape {seen}; {(n_gates, p, q)} is wanted")
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise InvalidInputError("init contains NaN or infinity; finite numbers are wanted")
+    if factored:
+        if factors is None:
+            factors = Columns.from_blocks(Z.double()).factors(n_gates)
+        return Iterate(None, dual=dual, factors=factors)
+    if Z is None:
+        Z = (factors[0] @ factors[1].mT).to(problem.dtype)
     # Where the norm has a closed form, it is at most the cost of the factors.
     return Iterate(Z, dual=dual, factors=None if problem.norm.exact else factors)
 

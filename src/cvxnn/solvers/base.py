@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cvxnn.certificates import Certificate
 from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
 
@@ -18,14 +19,20 @@ __all__ = ["Iterate", "Solver", "make_options"]
 class Iterate:
     """A point, and the dual candidate that the solver has with it.
 
-    `Z` of shape (P, p, q); `intercept` (c,) or None to have it minimised out; `dual` (n, c) or None.
-    `factors` (U, V) stand for the point where they show a smaller penalty than a bound of the norm of Z.
+    `Z` of shape (P, p, q), or None where only `factors` (U, V) are there; `intercept` (c,) or None to have it
+    minimised out; `dual` (n, c) or None. Where there are factors, their penalty (14) counts.
     """
 
-    Z: torch.Tensor
+    Z: torch.Tensor | None
     intercept: torch.Tensor | None = None
     dual: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def blocks(self) -> torch.Tensor:
+        """Z, for solvers that work on it."""
+        if self.Z is None:
+            raise InvalidInputError("the point has no blocks Z")
+        return self.Z
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Solver(ABC):
     Options : type
         A frozen dataclass; its fields are what ``solver_options`` may contain.
     default_max_iter : int
+    factored : bool
+        Whether its points are Burer-Monteiro factors; the blocks Z are then never formed.
     check_every : int
         Iterations between two certificates (they get rarer in long runs).
     """
@@ -49,15 +58,30 @@ class Solver(ABC):
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     default_max_iter: ClassVar[int] = 10_000
+    factored: ClassVar[bool] = False
     check_every: ClassVar[int] = 10
 
-    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        options: Any,
+        tol: float,
+        time_limit: float | None,
+        rank: int | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.rank = rank
+        self.random_state = random_state
         self.problem = problem
         self.options = options
         self.tol = tol
         self.time_limit = time_limit
         #: Set by a solver that cannot improve its point any more.
         self.finished = False
+
+    def zero(self) -> Iterate:
+        """The point Z = 0."""
+        return Iterate(self.problem.Y.new_zeros(self.problem.operator.block_shape))
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
@@ -75,6 +99,14 @@ class Solver(ABC):
     @abstractmethod
     def iterate(self) -> Iterate:
         """The current point; called only when it is to be certified."""
+
+    def run_facts(self) -> list[Any]:
+        """What else determines the run, for the fingerprint of a checkpoint."""
+        return []
+
+    def message(self, certificate: Certificate) -> str:
+        """What a user should know about a run that ended at a stationary point above the tolerance."""
+        return ""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Saved:
     iteration: int
     seconds: float
     trace: list[dict[str, Any]]
-    Z: torch.Tensor
+    Z: torch.Tensor | None
     intercept: torch.Tensor
     dual: torch.Tensor | None
     solver_state: dict[str, Any]
@@ -41,7 +41,7 @@ def fingerprint(problem: Problem, solver: Solver) -> str:
     op = problem.operator
     digest = hashlib.sha256()
     facts = [op.describe(), problem.loss, problem.norm.name, problem.beta, problem.output_bias]
-    facts += [solver.name, asdict(solver.options), str(problem.dtype)]
+    facts += [solver.name, asdict(solver.options), str(problem.dtype), *solver.run_facts()]
     digest.update(repr(facts).encode())
     for tensor in (problem.Y, problem.weights, *op.data_tensors()):
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
@@ -116,7 +116,7 @@ class Checkpoint:
             iteration=header["iteration"],
             seconds=header["seconds"],
             trace=trace,
-            Z=tensors["Z"],
+            Z=tensors.get("Z"),
             intercept=tensors["intercept"],
             dual=tensors.get("dual"),
             solver_state=state,

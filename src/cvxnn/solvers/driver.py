@@ -46,15 +46,16 @@ class _Best:
 
     def update(self, problem: Problem, point: Iterate) -> bool:
         """Take in a point; False if it is not finite."""
-        if not bool(torch.isfinite(point.Z).all()):
+        parts = (point.Z,) if point.factors is None else point.factors
+        if not all(part is not None and bool(torch.isfinite(part).all()) for part in parts):
             return False
         Z = point.Z if point.factors is None else None
         seen = evaluate(problem, Z, factors=point.factors, intercept=point.intercept)
         if not seen.primal < float("inf"):
             return False
         if seen.primal < self.primal:
-            self.primal, self.Z, self.intercept = seen.primal, point.Z.detach().clone(), seen.intercept
-            self.factors = point.factors
+            self.primal, self.intercept, self.factors = seen.primal, seen.intercept, point.factors
+            self.Z = None if point.Z is None else point.Z.detach().clone()
         if point.dual is None:
             nu = problem.dual_candidate(seen.predictions)
         else:
@@ -112,8 +113,7 @@ def run(
     status = "max_iter"
     with Progress(solver.name, tol, verbose) as progress:
         try:
-            zero = problem.Y.new_zeros(problem.operator.block_shape)
-            best.update(problem, init if init is not None else Iterate(zero))
+            best.update(problem, init if init is not None else solver.zero())
             if best.gap <= tol:
                 status = "certified"
                 best.record(0, elapsed())
@@ -159,8 +159,8 @@ def run(
                     break
         except (KeyboardInterrupt, torch.linalg.LinAlgError) as cause:
             status = "interrupted" if isinstance(cause, KeyboardInterrupt) else "diverged"
-            if best.Z is None:
-                best.update(problem, Iterate(problem.Y.new_zeros(problem.operator.block_shape)))
+            if best.intercept is None:
+                best.update(problem, solver.zero())
             elif iteration > (best.trace[-1]["iteration"] if best.trace else 0):
                 # A step that was cut short may have left anything; what it left counts if it is a point.
                 with contextlib.suppress(TypeError, AttributeError, RuntimeError, InvalidInputError):
@@ -169,7 +169,7 @@ def run(
         if store is not None and state is not None:
             store.save(iteration, elapsed(), best, state)
 
-    if best.Z is None or best.intercept is None:
+    if best.intercept is None:
         raise InvalidInputError(
             "the objective is not finite even at Z = 0; rescale X and Y (their values are too large)"
         )
@@ -189,6 +189,7 @@ def run(
         intercept=best.intercept,
         dual=best.dual,
         trace=best.trace,
+        message=solver.message(certificate) if status == "stationary" else "",
     )
 
 

@@ -47,14 +47,14 @@ class Fista(Solver):
             return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
         return None
 
-    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
-        super().__init__(problem, options, tol, time_limit)
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
         self.op = problem.operator
         self.weights = problem.weights.to(problem.dtype)
 
     def start(self, point: Iterate | None) -> None:
         problem = self.problem
-        self.Z = problem.Y.new_zeros(self.op.block_shape) if point is None else point.Z.to(problem.Y).clone()
+        self.Z = problem.Y.new_zeros(self.op.block_shape) if point is None else point.blocks().to(problem.Y).clone()
         self.outputs = self.op.apply(self.Z)
         self.moved_Z, self.moved_outputs = self.Z, self.outputs
         self.momentum = 1.0

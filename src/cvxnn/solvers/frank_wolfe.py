@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
-from threadpoolctl import threadpool_limits
 
+from cvxnn.columns import Columns
 from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.lbfgs import minimise
 from cvxnn.validation import check_integer
 
 __all__ = ["FrankWolfe"]
@@ -57,8 +56,8 @@ class FrankWolfe(Solver):
     default_max_iter: ClassVar[int] = 2_000
     check_every: ClassVar[int] = 1
 
-    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
-        super().__init__(problem, options, tol, time_limit)
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
         self.op = problem.operator.double()
 
     def start(self, point: Iterate | None) -> None:
@@ -68,7 +67,7 @@ class FrankWolfe(Solver):
         self.u, self.v = like.new_zeros(0, p), like.new_zeros(0, q)
         self.t = like.new_zeros(0)
         if point is not None:
-            self._set_from_blocks(point.Z.double())
+            self._set_from_blocks(point.blocks().double())
         self.responses = self._respond(self.gate, self.u, self.v)
         self.intercept = self.problem.best_intercept(self._outputs())
 
@@ -156,33 +155,15 @@ class FrankWolfe(Solver):
     def _minimise(
         self, objective: Callable[..., Any], start: list[torch.Tensor], limit: int, n_positive: int = 0
     ) -> list[torch.Tensor]:
-        """L-BFGS-B over a list of tensors, the last of them the intercept, the first entries >= 0."""
-        device = self.problem.device
-        sizes = [part.numel() for part in start]
+        """L-BFGS over a list of tensors, the last of them the intercept, the first entries >= 0."""
 
-        def split(x: np.ndarray) -> list[torch.Tensor]:
-            flat = torch.from_numpy(x).to(device).split(sizes)
-            return [part.view_as(like) for part, like in zip(flat, start, strict=True)]
-
-        def flat_objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-            value, slopes = objective(*split(x))
+        def with_intercept(*parts: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+            value, slopes = objective(*parts)
             if not self.problem.output_bias:
                 slopes[-1] = torch.zeros_like(slopes[-1])
-            return float(value), torch.cat([part.flatten() for part in slopes]).cpu().numpy()
+            return value, slopes
 
-        lower = np.full(sum(sizes), -np.inf)
-        lower[:n_positive] = 0.0
-        # L-BFGS-B calls BLAS on short vectors between calls of torch; threads of both would wait for each other.
-        with threadpool_limits(limits=1, user_api="blas"):
-            solution = minimize(
-                flat_objective,
-                torch.cat([part.flatten() for part in start]).cpu().numpy(),
-                jac=True,
-                method="L-BFGS-B",
-                bounds=Bounds(lower, np.inf),
-                options={"maxiter": limit, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9 * self.problem.beta},
-            )
-        return split(solution.x)
+        return minimise(with_intercept, start, limit, gtol=1e-9 * self.problem.beta, n_positive=n_positive).parts
 
     def _keep(self, kept: torch.Tensor) -> None:
         self.gate, self.u, self.v = self.gate[kept], self.u[kept], self.v[kept]
@@ -198,16 +179,8 @@ class FrankWolfe(Solver):
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Balanced factors, padded with zero columns: the atoms are the value of an inexact norm."""
-        n_gates, p, q = self.op.block_shape
-        order = torch.argsort(self.gate, stable=True)
-        gate = self.gate[order]
-        counts = torch.bincount(gate, minlength=n_gates)
-        m = max(1, int(counts.max()))
-        column = torch.arange(len(gate), device=gate.device) - (counts.cumsum(0) - counts)[gate]
-        root = self.t[order].sqrt().unsqueeze(1)
-        U, V = self.t.new_zeros(n_gates, m, p), self.t.new_zeros(n_gates, m, q)
-        U[gate, column], V[gate, column] = root * self.u[order], root * self.v[order]
-        return U.mT.contiguous(), V.mT.contiguous()
+        root = self.t.sqrt().unsqueeze(1)
+        return Columns(self.gate, root * self.u, root * self.v).factors(self.op.n_gates)
 
     def iterate(self) -> Iterate:
         factors = None if self.problem.norm.exact else self._factors()

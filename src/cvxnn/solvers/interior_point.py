@@ -80,14 +80,14 @@ class InteriorPoint(Solver):
             return "it needs cvxpy, which is not installed: pip install 'cvxnn[reference]'"
         return None
 
-    def __init__(self, problem: Problem, options: Any, tol: float, time_limit: float | None) -> None:
-        super().__init__(problem, options, tol, time_limit)
-        _require_backend(options.backend)
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
+        _require_backend(self.options.backend)
 
     def start(self, point: Iterate | None) -> None:
         self.begin = time.perf_counter()
         self.point = Iterate(self.problem.Y.new_zeros(self.problem.operator.block_shape))
-        self.scale = evaluate(self.problem, self.point.Z).primal
+        self.scale = evaluate(self.problem, self.point.blocks()).primal
         self.tolerance = max(_TIGHTEST, min(1e-8, 1e-6 * self.tol))
         self.last = False
 
@@ -107,7 +107,7 @@ class InteriorPoint(Solver):
         self.finished = self.last or point is None
         if point is not None:
             self.point = point
-            self.scale = evaluate(self.problem, point.Z).primal
+            self.scale = evaluate(self.problem, point.blocks()).primal
             self.tolerance, self.last = _TIGHTEST, True
 
     def _solve(self, program: _Program) -> None:

@@ -29,6 +29,7 @@ class Result:
     trace : list of dict
         Per certificate: iteration, seconds, primal, lower_bound, relative_gap (best so far).
     Z : torch.Tensor of shape (P, p, q) or None
+        None from the Burer-Monteiro solvers, which never form it.
     factors : pair of torch.Tensor or None
         (U, V) of shapes (P, p, m) and (P, q, m), with zero columns where a gate has fewer than m neurons.
         They are there where the point is known through them; the certificate is then that of (14).
@@ -38,6 +39,8 @@ class Result:
         The dual point that proves ``certificate.lower_bound``:
         ``certify(problem, Z=result.Z, intercept=result.intercept, dual=result.dual)`` repeats the proof, and
         for a result with factors ``certify(problem, factors=result.factors, intercept=..., dual=...)``.
+    message : str
+        For a point that is stationary above the tolerance: what holds it there, where that is known.
     certificate : Certificate
     """
 
@@ -52,6 +55,7 @@ class Result:
     dual: torch.Tensor | None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
+    message: str = ""
 
     @property
     def objective(self) -> float:

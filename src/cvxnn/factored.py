@@ -1,0 +1,90 @@
+"""The loss as a function of Burer-Monteiro factors: value, gradients, Hessian-vector products (equation (14))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.operators import Operator
+from cvxnn.problem import Problem
+
+__all__ = ["FactoredLoss", "Slopes"]
+
+
+@dataclass
+class Slopes:
+    """F at a point, and its gradients: G_k v_j (r, p), G_k^T u_j (r, q) and that of the intercept (c,)."""
+
+    value: float
+    left: torch.Tensor
+    right: torch.Tensor
+    intercept: torch.Tensor
+
+
+class FactoredLoss:
+    """F(sum_j A_k(u_j v_j^T) + 1 b^T) in the columns u_j, v_j and the intercept b; the penalty is not in it.
+
+    Samples are taken in batches of rows, and blocks are never formed.
+
+    Parameters
+    ----------
+    problem : Problem
+    double : bool
+        Compute in float64 in place of the type of the problem.
+    rows : torch.Tensor of indices, optional
+        Use these samples only, with weights scaled up to the weight of all: an unbiased estimate.
+    """
+
+    def __init__(self, problem: Problem, double: bool = False, rows: torch.Tensor | None = None) -> None:
+        self.problem = problem
+        op = problem.operator.double() if double else problem.operator
+        self.Y = problem.Y.to(op.dtype)
+        self.weights = problem.weights.to(op.dtype)
+        if rows is not None:
+            op = op.subset(rows)
+            self.Y = self.Y[rows]
+            chosen = self.weights[rows]
+            total = chosen.sum()
+            self.weights = chosen * (self.weights.sum() / total) if float(total) > 0 else chosen
+        self.op: Operator = op
+
+    def slopes(self, columns: Columns, b: torch.Tensor) -> Slopes:
+        """Value and gradients."""
+        op, loss = self.op, self.problem.loss
+        left, right = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
+        offset = torch.zeros_like(b)
+        value = 0.0
+        for rows in op.column_batches(len(columns)):
+            hidden = op.hidden(columns.gate, columns.u, rows)
+            outputs = torch.addmm(b, hidden, columns.v)
+            Y, w = self.Y[rows], self.weights[rows]
+            value += float(loss.value(outputs, Y, w))
+            gradient = loss.gradient(outputs, Y, w)
+            left += op.hidden_adjoint(columns.gate, gradient @ columns.v.T, rows)
+            right.addmm_(hidden.T, gradient)
+            if self.problem.output_bias:
+                offset += gradient.sum(0)
+        return Slopes(value, left, right, offset)
+
+    def hessian_product(
+        self, columns: Columns, b: torch.Tensor, du: torch.Tensor, dv: torch.Tensor, db: torch.Tensor | None = None
+    ) -> Slopes:
+        """Derivative of the gradients along (du, dv, db); `value` is the curvature, the product with it."""
+        db = torch.zeros_like(b) if db is None else db
+        op, loss, gate = self.op, self.problem.loss, columns.gate
+        left, right = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
+        offset = torch.zeros_like(b)
+        for rows in op.column_batches(2 * len(columns)):
+            hidden, moved = op.hidden(gate, columns.u, rows), op.hidden(gate, du, rows)
+            outputs = torch.addmm(b, hidden, columns.v)
+            change = moved @ columns.v + hidden @ dv + db
+            Y, w = self.Y[rows], self.weights[rows]
+            gradient = loss.gradient(outputs, Y, w)
+            second = loss.hessian_product(outputs, Y, w, change)
+            left += op.hidden_adjoint(gate, second @ columns.v.T + gradient @ dv.T, rows)
+            right += hidden.T @ second + moved.T @ gradient
+            offset += second.sum(0)
+        curvature = float((left * du).sum() + (right * dv).sum() + (offset * db).sum())
+        return Slopes(curvature, left, right, offset)

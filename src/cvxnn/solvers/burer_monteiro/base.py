@@ -1,0 +1,146 @@
+"""What all solvers on factors share: the first point, the rank, the point to certify, the last word."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from sklearn.utils import check_random_state
+
+from cvxnn.certificates import STATIONARITY_TOLERANCE, Certificate
+from cvxnn.columns import Columns
+from cvxnn.factored import FactoredLoss, Slopes
+from cvxnn.norms import VECTOR_NORMS
+from cvxnn.problem import Problem
+from cvxnn.solvers.base import Iterate, Solver
+
+__all__ = ["MAX_DEFAULT_RANK", "BurerMonteiro", "only_l2"]
+
+#: ``rank=None`` is min(p, q), at which there are no spurious local minima, or this where that is more.
+MAX_DEFAULT_RANK = 10
+#: Size of the columns that fill up a warm start of smaller rank, relative to a random start.
+_FILL = 1e-3
+
+
+def only_l2(problem: Problem, name: str) -> str | None:
+    """What a solver lacks that needs a smooth penalty."""
+    if problem.norm.name == "nuclear":
+        return None
+    pair = f"({problem.norm.left!r}, {problem.norm.right!r})"
+    return f"{name} needs norms=('l2', 'l2'), whose penalty is smooth, not {pair}; use 'bm_gd' or 'frank_wolfe'"
+
+
+class BurerMonteiro(Solver):
+    """A solver on the columns (u_j, v_j) of all gates, with the penalty of (14)."""
+
+    factored = True
+    double: ClassVar[bool] = False
+
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
+        self.loss = FactoredLoss(problem, double=self.double)
+        self.op = self.loss.op
+        self.rng = check_random_state(self.random_state)
+        self.norms = (problem.norm.left, problem.norm.right)
+        self.columns: Columns
+
+    @property
+    def target_rank(self) -> int:
+        """Columns per gate."""
+        _, p, q = self.op.block_shape
+        return min(p, q, MAX_DEFAULT_RANK) if self.rank is None else self.rank
+
+    def zero(self) -> Iterate:
+        n_gates, p, q = self.op.block_shape
+        Y = self.loss.Y
+        return Iterate(None, factors=(Y.new_zeros(n_gates, p, 1), Y.new_zeros(n_gates, q, 1)))
+
+    def start(self, point: Iterate | None) -> None:
+        self.intercept = self.loss.Y.new_zeros(self.loss.Y.shape[1])
+        if point is None or point.factors is None:
+            self.columns = self.random_columns()
+        else:
+            self.columns = self.fitted(Columns.from_factors(*point.factors).to(self.loss.Y).clone())
+        if self.problem.output_bias:
+            outputs = self.op.apply_columns(self.columns).double()
+            self.intercept = self.problem.best_intercept(outputs).to(self.loss.Y)
+
+    def random_columns(self, scale: float = 1.0) -> Columns:
+        """Gaussian columns with balanced sides, scaled so that the predictions are of the size of the data."""
+        n_gates, p, q = self.op.block_shape
+        m = self.target_rank
+        entry = scale / math.sqrt(p * m * n_gates)
+        gate = torch.arange(n_gates, device=self.loss.Y.device).repeat_interleave(m)
+        u, v = self.rng.standard_normal((n_gates * m, p)), self.rng.standard_normal((n_gates * m, q))
+        ratio = (q / p) ** 0.25
+        columns = Columns(gate, torch.from_numpy(u) * ratio, torch.from_numpy(v) / ratio)
+        root = math.sqrt(entry)
+        return Columns(gate, columns.u * root, columns.v * root).to(self.loss.Y)
+
+    def fitted(self, columns: Columns) -> Columns:
+        """The columns with exactly `target_rank` per gate: the best pairs, and small random ones."""
+        n_gates, m = self.op.n_gates, self.target_rank
+        if len(columns) > n_gates * m or int(columns.counts(n_gates).max()) > m:
+            columns = columns.without_zeros().compressed(n_gates, most=m)
+        missing = m - columns.counts(n_gates)
+        if int(missing.max()) > 0:
+            small = self.random_columns(_FILL)
+            place = torch.arange(len(small), device=small.gate.device) % m
+            columns = Columns.joined(columns, small[place < missing[small.gate]])
+        return columns[torch.argsort(columns.gate, stable=True)]
+
+    def penalty(self, columns: Columns) -> float:
+        """beta/2 times the sum of ||u_j||_C^2 + ||v_j||_R^2."""
+        left, right = (VECTOR_NORMS[name] for name in self.norms)
+        total = left.value(columns.u).square().sum() + right.value(columns.v).square().sum()
+        return self.problem.beta / 2 * float(total)
+
+    def residual(self, columns: Columns, slopes: Slopes) -> float:
+        """Relative residual of the stationarity conditions (68), (69), for l2 norms."""
+        beta = self.problem.beta
+        size = columns.u.square().sum() + columns.v.square().sum()
+        left, right = slopes.left + beta * columns.u, slopes.right + beta * columns.v
+        residual = left.square().sum() + right.square().sum()
+        return math.sqrt(float(residual / size)) / beta if float(size) > 0 else 0.0
+
+    def iterate(self) -> Iterate:
+        factors = self.columns.balanced(self.norms).factors(self.op.n_gates)
+        return Iterate(None, factors=factors)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "gate": self.columns.gate,
+            "u": self.columns.u.clone(),
+            "v": self.columns.v.clone(),
+            "intercept": self.intercept.clone(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.columns = Columns(state["gate"], state["u"], state["v"])
+        self.intercept = state["intercept"]
+
+    def run_facts(self) -> list[Any]:
+        seed = self.random_state if isinstance(self.random_state, int) else None
+        return [self.rank, seed]
+
+    def message(self, certificate: Certificate) -> str:
+        if certificate.stationarity > STATIONARITY_TOLERANCE:
+            return (
+                f"the solver cannot go on, at a relative stationarity residual of {certificate.stationarity:.1e}: "
+                "this is its conditioning, not the rank; 'bm_global' whitens each gate"
+            )
+        ratios = torch.tensor(certificate.gate_ratios)
+        worst = int(ratios.argmax())
+        if float(ratios[worst]) <= 1 + 10 * STATIONARITY_TOLERANCE:
+            return "no gate is violated: the remaining gap is one of accuracy"
+        m = self.target_rank
+        ranks = self.columns.compressed(self.op.n_gates, 1e-7).counts(self.op.n_gates).cpu()
+        seen = f"gate {worst} has ||G_k|| = {float(ratios[worst]):.4g} beta, so that another column there helps"
+        violated = ratios > 1 + 10 * STATIONARITY_TOLERANCE
+        if bool((ranks[violated] >= m).all()):
+            return f"stationary at rank {m}, which is too small: {seen}; raise rank, or use 'bm_global'"
+        return (
+            f"stationary, but a saddle point: {seen}, and the gate has rank {int(ranks[worst])} of {m}; "
+            "leave it with 'bm_noisy_gd' or 'bm_global'"
+        )

@@ -1,0 +1,73 @@
+"""L-BFGS on the factors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.problem import Problem
+from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
+from cvxnn.solvers.lbfgs import minimise
+from cvxnn.validation import check_integer
+
+__all__ = ["BmLbfgs"]
+
+
+@dataclass(frozen=True)
+class LbfgsOptions:
+    """Options of ``bm_lbfgs``.
+
+    Attributes
+    ----------
+    history : int
+        Number of pairs that approximate the Hessian.
+    inner_iter : int
+        Iterations between two certificates; the approximation of the Hessian starts anew after each.
+    """
+
+    history: int = 20
+    inner_iter: int = 200
+
+    def __post_init__(self) -> None:
+        check_integer(self.history, "history")
+        check_integer(self.inner_iter, "inner_iter")
+
+
+class BmLbfgs(BurerMonteiro):
+    """L-BFGS on U, V and the intercept together (always in float64); one iteration is `inner_iter` of L-BFGS."""
+
+    name = "bm_lbfgs"
+    Options = LbfgsOptions
+    default_max_iter: ClassVar[int] = 500
+    check_every: ClassVar[int] = 1
+    double = True
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        return only_l2(problem, cls.name)
+
+    def step(self) -> None:
+        gate, beta = self.columns.gate, self.problem.beta
+        begin = time.perf_counter()
+
+        def objective(u: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+            columns = Columns(gate, u, v)
+            slopes = self.loss.slopes(columns, b)
+            gradients = [slopes.left.add_(u, alpha=beta), slopes.right.add_(v, alpha=beta), slopes.intercept]
+            return slopes.value + self.penalty(columns), gradients
+
+        found = minimise(
+            objective,
+            [self.columns.u, self.columns.v, self.intercept],
+            self.options.inner_iter,
+            gtol=1e-12 * beta,
+            ftol=0.0,
+            history=self.options.history,
+            deadline=None if self.time_limit is None else begin + self.time_limit,
+        )
+        self.columns, self.intercept = Columns(gate, *found.parts[:2]), found.parts[2]
+        self.finished = not found.at_limit
