@@ -1,6 +1,6 @@
 """Solvers on Burer-Monteiro factors Z_k = U_k V_k^T (equation (14))."""
 
-from cvxnn.solvers.burer_monteiro.escape import BmGlobal
+from cvxnn.solvers.burer_monteiro.globally import BmGlobal
 from cvxnn.solvers.burer_monteiro.gradient import BmGd
 from cvxnn.solvers.burer_monteiro.noisy import BmNoisyGd
 from cvxnn.solvers.burer_monteiro.preconditioned import BmPrecGd

@@ -1,5 +1,133 @@
-from cvxnn.solvers.burer_monteiro.quasi_newton import BmLbfgs
+"""Ways out of a point at which the certificate sees gates that are violated, ||G_k|| > beta."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.factored import FactoredLoss
+from cvxnn.problem import Problem
+
+__all__ = ["Violation", "new_columns", "proximal_step", "violations"]
+
+#: Largest share of a singular vector, in length, that lies in the span of the columns that are there.
+_IN_SPAN = 0.9
 
 
-class BmGlobal(BmLbfgs):
-    name = "bm_global"
+@dataclass
+class Violation:
+    """Unit singular pairs of -G_k above beta, their values, and the largest singular value of all gates over beta."""
+
+    pairs: Columns
+    values: torch.Tensor
+    ratio: float
+
+
+def loss_gradient(problem: Problem, loss: FactoredLoss, columns: Columns, b: torch.Tensor) -> torch.Tensor:
+    """Gradient of the loss in the predictions, (n, c)."""
+    outputs = loss.op.apply_columns(columns) + b
+    return problem.loss.gradient(outputs, loss.Y, loss.weights)
+
+
+def violations(
+    problem: Problem, loss: FactoredLoss, columns: Columns, b: torch.Tensor, most: int, threshold: float
+) -> Violation:
+    """At most `most` pairs per gate with a singular value above ``threshold`` times beta.
+
+    Blocks G_k are formed a few gates at a time. Pairs that the columns of their gate already span are left
+    out: there the local method has not converged, and a further column is no help.
+    """
+    op, beta = loss.op, problem.beta
+    gradient = loss_gradient(problem, loss, columns, b)
+    found: list[tuple[torch.Tensor, ...]] = []
+    ratio = 0.0
+    for batch in op.gate_batches():
+        G = op.adjoint_blocks(gradient, batch)
+        left, values, right = _top_pairs(-G, most)
+        if len(values):
+            ratio = max(ratio, float(values.max()) / beta)
+        kept = values > threshold * beta
+        place, which = kept.nonzero().unbind(1)
+        if len(place):
+            pair = left.mT[place, which], right.mT[place, which]
+            found.append((place + (batch.start or 0), *pair, values[place, which]))
+    if not found:
+        empty = Columns(columns.gate[:0], columns.u[:0], columns.v[:0])
+        return Violation(empty, gradient.new_zeros(0), ratio)
+    gate, u, v, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    outside = _outside(columns, gate, u, op.n_gates) | _outside(
+        Columns(columns.gate, columns.v, columns.u), gate, v, op.n_gates
+    )
+    return Violation(Columns(gate, u, v)[outside], values[outside], ratio)
+
+
+def _top_pairs(G: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular vectors (k, p, m), (k, q, m) and values (k, m) of blocks, the largest first."""
+    if G.shape[1] < G.shape[2]:
+        right, values, left = _top_pairs(G.mT, most)
+        return left, values, right
+    squares, V = torch.linalg.eigh(G.mT @ G)
+    m = min(most, G.shape[2])
+    values = squares[:, -m:].flip(1).clamp_min(0).sqrt()
+    V = V[:, :, -m:].flip(2)
+    U = G @ V
+    return U / values.clamp_min(1e-300).unsqueeze(1), values, V
+
+
+def _outside(columns: Columns, gate: torch.Tensor, u: torch.Tensor, n_gates: int) -> torch.Tensor:
+    """Which unit vectors u_j are not nearly in the span of the columns of their gate."""
+    if len(columns) == 0:
+        return torch.ones_like(gate, dtype=torch.bool)
+    U, _ = columns.factors(n_gates)
+    basis, sizes, _ = torch.linalg.svd(U, full_matrices=False)
+    basis = basis * (sizes > 1e-5 * sizes.amax(1, keepdim=True).clamp_min(1e-300)).unsqueeze(1)
+    inside = torch.bmm(basis[gate].mT, u.unsqueeze(2)).squeeze(2).norm(dim=1)
+    return inside < _IN_SPAN
+
+
+def new_columns(problem: Problem, loss: FactoredLoss, found: Violation) -> Columns:
+    """The pairs, as long as is best for each of them alone, shortened as they are added together."""
+    pairs = found.pairs
+    if len(pairs) == 0:
+        return pairs
+    curvature = torch.zeros_like(found.values)
+    for rows in loss.op.column_batches(len(pairs)):
+        hidden = loss.op.hidden(pairs.gate, pairs.u, rows)
+        curvature += (loss.weights[rows].unsqueeze(1) * hidden.square()).sum(0)
+    curvature = (problem.loss.smoothness * curvature).clamp_min(1e-300)
+    size = (found.values - problem.beta) / curvature / math.sqrt(len(pairs))
+    root = size.sqrt().unsqueeze(1)
+    return Columns(pairs.gate, pairs.u * root, pairs.v * root)
+
+
+def proximal_step(
+    problem: Problem, loss: FactoredLoss, columns: Columns, b: torch.Tensor, length: float
+) -> tuple[Columns, float]:
+    """Z_k <- prox of length beta ||.||_* at Z_k - length G_k, gate by gate, as columns (BM-Global; Lee et al. 2024).
+
+    The length is halved until the quadratic bound of the loss holds; the one used is returned.
+    """
+    op, n_gates = loss.op, loss.op.n_gates
+    gradient = loss_gradient(problem, loss, columns, b)
+    value = loss.slopes(columns, b).value
+    U, V = columns.factors(n_gates)
+    while True:
+        parts, slope, distance = [], 0.0, 0.0
+        for batch in op.gate_batches():
+            Z = U[batch] @ V[batch].mT
+            G = op.adjoint_blocks(gradient, batch)
+            left, values, right = torch.linalg.svd(Z - length * G, full_matrices=False)
+            root = (values - length * problem.beta).clamp_min(0).sqrt().unsqueeze(1)
+            part = Columns.from_factors(left * root, right.mT * root)
+            moved = (left * root.square()) @ right - Z
+            slope += float((G * moved).sum())
+            distance += float(moved.square().sum())
+            parts.append(Columns(part.gate + (batch.start or 0), part.u, part.v).without_zeros())
+        step = Columns.joined(*parts)
+        bound = value + slope + distance / (2 * length)
+        if loss.slopes(step, b).value <= bound + 1e-12 * abs(value) or length < 1e-300:
+            return step, length
+        length /= 2

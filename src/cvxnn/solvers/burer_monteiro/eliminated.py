@@ -1,0 +1,159 @@
+"""Squared loss with V and the intercept minimised out: a smooth problem in U alone (section 6 of the maths)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.factored import FactoredLoss
+from cvxnn.problem import Problem
+from cvxnn.solvers.burer_monteiro.local import LocalProblem, absolute_blocks, selected_features
+
+__all__ = ["Eliminated"]
+
+
+class Eliminated(LocalProblem):
+    """h(U) = min over V and b of (14), for F = 1/2 ||W^(1/2) (T - Y)||^2.
+
+    With A = W^(1/2) Act(U) and targets W^(1/2) Y, both without their part along W^(1/2) 1 where there is an
+    intercept, the best V is a ridge regression, V = (A^T A + beta I)^-1 A^T Y, and the gradient in u_kj is
+    -X^T D_k W^(1/2) R v_kj + beta u_kj with R = Y - A V. Where there are more columns than samples,
+    R = beta (A A^T + beta I)^-1 Y is solved for instead.
+    """
+
+    def __init__(self, problem: Problem, loss: FactoredLoss, columns: Columns) -> None:
+        super().__init__(problem, loss, columns)
+        self.root = loss.weights.sqrt()
+        self.Y = loss.Y * self.root.unsqueeze(1)
+        self.along: torch.Tensor | None = None
+        if problem.output_bias:
+            self.along = self.root / torch.linalg.vector_norm(self.root)
+            self.Y = self._centred(self.Y)
+        self.samples_side = len(columns) > self.op.n_samples
+        self.batches = [slice(0, self.op.n_samples)] if self.samples_side else self.op.column_batches(len(columns))
+        self._features: torch.Tensor | None = None
+
+    @property
+    def n_variables(self) -> int:
+        return len(self.gate) * self.op.block_shape[1]
+
+    def variables(self, columns: Columns, intercept: torch.Tensor) -> list[torch.Tensor]:
+        return [columns.u]
+
+    def point(self, parts: Sequence[torch.Tensor]) -> tuple[Columns, torch.Tensor]:
+        self.evaluate(parts)
+        columns = Columns(self.gate, parts[0], self.V)
+        b = self.loss.Y.new_zeros(self.loss.Y.shape[1])
+        if self.along is not None:
+            b = self.problem.best_intercept(self.op.apply_columns(columns))
+        return columns, b
+
+    def _centred(self, values: torch.Tensor) -> torch.Tensor:
+        """Columns without their part along W^(1/2) 1."""
+        return values if self.along is None else values - torch.outer(self.along, self.along @ values)
+
+    def _activations(self, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        return self.op.hidden(self.gate, u, rows) * self.root[rows].unsqueeze(1)
+
+    def evaluate(self, parts: Sequence[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+        u, beta = parts[0], self.beta
+        kept = self._solve(u)
+        slope = beta * u
+        for rows in self.batches:
+            weighted = (self.R[rows] @ self.V.T) * self.root[rows].unsqueeze(1)
+            slope -= self.op.hidden_adjoint(self.gate, weighted, rows)
+        del kept
+        value = (self.R.square().sum() + beta * self.V.square().sum() + beta * u.square().sum()) / 2
+        return float(value), [slope]
+
+    def _solve(self, u: torch.Tensor) -> None:
+        """The best V (r, c), the residual R (n, c) and the Cholesky factor of the system."""
+        beta = self.beta
+        if self.samples_side:
+            A = self._centred(self._activations(u, self.batches[0]))
+            system = A @ A.T
+            system.diagonal().add_(beta)
+            self.factor = torch.linalg.cholesky(system)
+            self.R = beta * torch.cholesky_solve(self.Y, self.factor)
+            self.V = A.T @ self.R / beta
+            self.A = A
+            return
+        r = len(u)
+        system, right = u.new_zeros(r, r), u.new_zeros(r, self.Y.shape[1])
+        mean = u.new_zeros(r)
+        parts = []
+        for rows in self.batches:
+            A = self._activations(u, rows)
+            system.addmm_(A.T, A)
+            right.addmm_(A.T, self.Y[rows])
+            if self.along is not None:
+                mean += A.T @ self.along[rows]
+            if len(self.batches) == 1:
+                parts.append(A)
+        system.addr_(mean, mean, alpha=-1)
+        system.diagonal().add_(beta)
+        self.factor = torch.linalg.cholesky(system)
+        self.V = torch.cholesky_solve(right, self.factor)
+        self.R = torch.cat(
+            [
+                torch.addmm(self.Y[rows], parts[0] if parts else self._activations(u, rows), self.V, alpha=-1)
+                for rows in self.batches
+            ]
+        )
+        if self.along is not None:
+            self.R += torch.outer(self.along, mean @ self.V)
+        self.A = self._centred(parts[0]) if parts else None
+
+    @property
+    def features(self) -> torch.Tensor:
+        """D_k X of every column with the weights, (n, r p)."""
+        if self._features is None:
+            flat = selected_features(self.loss, self.gate).flatten(1) * self.root.unsqueeze(1)
+            self._features = self._centred(flat)
+        return self._features
+
+    def curvature(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """With M_k = U_k U_k^T the objective is convex in M; its Hessian in U is that in M, pulled back, plus
+        the blocks beta I - G_k G_k^T / beta, which alone can be indefinite.
+        """
+        beta, V, u = self.beta, self.V, parts[0]
+        r, p = u.shape
+        q = V.shape[1]
+        Phi = self.features
+        A = self.A if self.A is not None else self._centred(self._activations(u, slice(0, len(Phi))))
+        first = torch.zeros_like(self.gates).scatter_(0, self.place, torch.arange(r, device=u.device))
+        chosen = Phi.view(-1, r, p)[:, first]
+        G = -torch.einsum("nkp,nq->kpq", chosen, self.R)
+        blocks = beta * torch.eye(p, dtype=u.dtype, device=u.device) - G @ G.mT / beta
+        index = torch.arange(r, device=u.device)
+        grams = torch.einsum("nkp,nks->kps", chosen, chosen)[self.place]
+        metric = grams * V.square().sum(1).view(r, 1, 1) + beta * torch.eye(p, dtype=u.dtype, device=u.device)
+        if self.samples_side:
+            # K[:, (j, a), c] = act_j G_k[a, c] - beta Phi_ka v_j[c];  the convex part is K^T S^-1 K / beta.
+            K = A.unsqueeze(2).unsqueeze(3) * G[self.place].unsqueeze(0)
+            K -= beta * Phi.view(-1, r, p, 1) * V.view(1, r, 1, q)
+            half = torch.linalg.solve_triangular(self.factor, K.reshape(len(Phi), -1), upper=False)
+            half = half.view(len(Phi), r * p, q).permute(0, 2, 1).reshape(-1, r * p)
+            H = half.T @ half / beta
+            H.view(r, p, r, p)[index, :, index, :] += absolute_blocks(blocks)[self.place]
+        else:
+            H = (Phi.T @ Phi).view(r, p, r, p) * (V @ V.T).view(r, 1, r, 1)
+            H = H.reshape(r * p, r * p)
+            H.diagonal().add_(beta)
+            cross = (Phi.T @ A).view(r, p, r, 1) * V.view(r, 1, 1, q)
+            cross[index, :, index, :] += G[self.place]
+            cross = cross.permute(0, 1, 3, 2).reshape(r * p * q, r)
+            half = torch.linalg.solve_triangular(self.factor, cross.T, upper=False).T.reshape(r * p, q * r)
+            H.addmm_(half, half.T, alpha=-1)
+            H.view(r, p, r, p)[index, :, index, :] += (absolute_blocks(blocks) - blocks)[self.place]
+        full = torch.zeros_like(H)
+        full.view(r, p, r, p)[index, :, index, :] = metric
+        return H, full
+
+    def curvature_cost(self) -> float:
+        n, (r, N), q = self.op.n_samples, (len(self.gate), self.n_variables), self.Y.shape[1]
+        if self.samples_side:
+            return n**3 / 3 + n**2 * q * N + N**2 * n * q + N**3 / 3
+        return n * N**2 + N**2 * r * q + N**3 / 3

@@ -1,0 +1,214 @@
+"""A Burer-Monteiro solver that closes the gap: local descent, and columns where the certificate asks for them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.problem import Problem
+from cvxnn.solvers.base import Iterate
+from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
+from cvxnn.solvers.burer_monteiro.eliminated import Eliminated
+from cvxnn.solvers.burer_monteiro.escape import new_columns, proximal_step, violations
+from cvxnn.solvers.burer_monteiro.joint import Joint
+from cvxnn.solvers.burer_monteiro.local import LocalProblem
+from cvxnn.solvers.burer_monteiro.newton import newton
+from cvxnn.solvers.burer_monteiro.whitening import MAX_ENTRIES, Whitening
+from cvxnn.solvers.lbfgs import minimise
+from cvxnn.validation import check_choice, check_flag, check_integer
+
+__all__ = ["BmGlobal"]
+
+#: Columns smaller than this, relative to the largest, are removed.
+_EMPTY = 1e-8
+#: Newton's method where one step takes at most so many operations and so much memory (in numbers).
+_NEWTON_OPERATIONS = 6e9
+_NEWTON_NUMBERS = 5e7
+
+
+@dataclass(frozen=True)
+class GlobalOptions:
+    """Options of ``bm_global``.
+
+    Attributes
+    ----------
+    escape : {"columns", "proximal"}
+        How to leave a point that the certificate refuses: add the top singular pairs of the violated gates,
+        or a proximal gradient step on all Z_k (BM-Global; Lee, Liang, Tang, Toh 2024).
+    new_columns : int
+        Most columns that are added to a gate at a time.
+    local : {"auto", "newton", "lbfgs"}
+        Method between two escapes; "auto" takes Newton's where a step is cheap.
+    eliminate : bool
+        Minimise V and the intercept out where the loss is squared.
+    whiten : bool
+        Change the variables of each gate for L-BFGS.
+    newton_iter, lbfgs_iter : int
+        Iterations between two certificates.
+    history : int
+        Number of pairs that approximate the Hessian in L-BFGS.
+    """
+
+    escape: str = "columns"
+    new_columns: int = 2
+    local: str = "auto"
+    eliminate: bool = True
+    whiten: bool = True
+    newton_iter: int = 5
+    lbfgs_iter: int = 50
+    history: int = 20
+
+    def __post_init__(self) -> None:
+        check_choice(self.escape, "escape", ("columns", "proximal"))
+        check_choice(self.local, "local", ("auto", "newton", "lbfgs"))
+        check_flag(self.eliminate, "eliminate")
+        check_flag(self.whiten, "whiten")
+        for name in ("new_columns", "newton_iter", "lbfgs_iter", "history"):
+            check_integer(getattr(self, name), name)
+
+
+class BmGlobal(BurerMonteiro):
+    """Local descent on the factors until it stalls, then the certificate decides.
+
+    Two things stop a local method. *Conditioning*: V is minimised out for the squared loss, and U moved by
+    Newton's method, or by L-BFGS in whitened variables. *A rank below that of the optimum*: gates with
+    ||G_k|| > beta get the top singular pairs of -G_k as columns, and columns that became empty are removed.
+    Always in float64.
+    """
+
+    name = "bm_global"
+    Options = GlobalOptions
+    default_max_iter: ClassVar[int] = 2_000
+    check_every: ClassVar[int] = 1
+    double = True
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        return only_l2(problem, cls.name)
+
+    def start(self, point: Iterate | None) -> None:
+        self.begin = time.perf_counter()
+        self.damping = 1e-3
+        self.patience = 1
+        self.step_length = 0.0
+        self._whitening: Whitening | None = None
+        self.intercept = self.loss.Y.new_zeros(self.loss.Y.shape[1])
+        if point is not None and point.factors is not None:
+            self.columns = Columns.from_factors(*point.factors).to(self.loss.Y).without_zeros()
+        elif self.rank is not None:
+            self.columns = self.random_columns()
+        else:
+            empty = self.loss.Y.new_zeros
+            _, p, q = self.op.block_shape
+            self.columns = Columns(
+                torch.zeros(0, dtype=torch.long, device=self.loss.Y.device), empty(0, p), empty(0, q)
+            )
+        self.columns = self.columns.compressed(self.op.n_gates)
+        if self.problem.output_bias:
+            self.intercept = self.problem.best_intercept(self.op.apply_columns(self.columns))
+        self.stalled = len(self.columns) == 0
+
+    def step(self) -> None:
+        added = self._escape()
+        if len(self.columns) == 0:
+            self.finished = True
+            return
+        before = self._objective()
+        moved = self._descend(fresh=added > 0)
+        self.columns = self.columns.compressed(self.op.n_gates, _EMPTY)
+        after = self._objective()
+        # Without new columns, the local method gets more time each round; it has stalled where that is of no use.
+        self.patience = 1 if added else min(2 * self.patience, 16)
+        no_progress = not before - after > 1e-14 * abs(after)
+        self.finished = no_progress and added == 0 and self.stalled
+        self.stalled = no_progress or not moved
+
+    def _objective(self) -> float:
+        return self.loss.slopes(self.columns, self.intercept).value + self.penalty(self.columns)
+
+    def _escape(self) -> int:
+        """Leave the point where the certificate asks for it; returns how many columns came."""
+        if self.options.escape == "proximal" and len(self.columns):
+            return self._proximal_escape() if self.stalled else 0
+        most = max(self.options.new_columns, self.rank or 0)
+        found = violations(self.problem, self.loss, self.columns, self.intercept, most, 1 + 0.1 * self.tol)
+        worst = float(found.values.max()) / self.problem.beta if len(found.values) else 1.0
+        # First the gates that are violated most: the others often follow.
+        chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
+        found.pairs, found.values = found.pairs[chosen], found.values[chosen]
+        fresh = new_columns(self.problem, self.loss, found)
+        if len(fresh):
+            self.columns = Columns.joined(self.columns, fresh)
+        return len(fresh)
+
+    def _proximal_escape(self) -> int:
+        if self.step_length == 0:
+            weights = float(self.loss.weights.max()) * self.problem.loss.smoothness
+            self.step_length = 1 / (weights * self.op.n_gates * float(self.op.prediction_norm) ** 2)
+        before = len(self.columns)
+        self.columns, self.step_length = proximal_step(
+            self.problem, self.loss, self.columns, self.intercept, 4 * self.step_length
+        )
+        return max(0, len(self.columns) - before)
+
+    def _local(self) -> LocalProblem:
+        squared = self.problem.loss.name == "squared" and self.options.eliminate
+        return (Eliminated if squared else Joint)(self.problem, self.loss, self.columns)
+
+    def _descend(self, fresh: bool) -> bool:
+        """Move the columns by the local method; False if it could not."""
+        local = self._local()
+        parts = local.variables(self.columns, self.intercept)
+        method = self.options.local
+        if method == "auto":
+            numbers = local.n_variables**2 + local.n_variables * self.loss.Y.numel()
+            cheap = local.curvature_cost() <= _NEWTON_OPERATIONS and numbers <= _NEWTON_NUMBERS
+            method = "newton" if cheap else "lbfgs"
+        if method == "newton":
+            damping = max(self.damping, 1e-4) if fresh else self.damping
+            found = newton(local, parts, self.options.newton_iter * self.patience, damping, 1e-13)
+            self.damping = found.damping
+            self.columns, self.intercept = local.point(found.parts)
+            return not found.stuck
+        return self._quasi_newton(local, parts)
+
+    def _quasi_newton(self, local: LocalProblem, parts: list[torch.Tensor]) -> bool:
+        n_gates, p, _ = self.op.block_shape
+        deadline = None if self.time_limit is None else self.begin + self.time_limit
+        white = None
+        if self.options.whiten and n_gates * p * p <= MAX_ENTRIES:
+            if self._whitening is None:
+                self._whitening = Whitening(self.loss, self.problem.beta)
+            white = self._whitening.padded(local.gate)
+
+        def objective(*variables: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+            if white is None:
+                return local.evaluate(variables)
+            value, slopes = local.evaluate([white.colour(variables[0]), *variables[1:]])
+            return value, [white.gradient(slopes[0]), *slopes[1:]]
+
+        start = parts if white is None else [white.whiten(parts[0]), *parts[1:]]
+        limit = self.options.lbfgs_iter * self.patience
+        found = minimise(
+            objective, start, limit, gtol=1e-13 * local.beta, ftol=0.0, history=self.options.history, deadline=deadline
+        )
+        moved = found.parts if white is None else [white.colour(found.parts[0]), *found.parts[1:]]
+        self.columns, self.intercept = local.point(moved)
+        return found.n_iter > 1
+
+    def iterate(self) -> Iterate:
+        factors = self.columns.balanced().factors(self.op.n_gates)
+        return Iterate(None, intercept=self.intercept if self.problem.output_bias else None, factors=factors)
+
+    def state(self) -> dict[str, Any]:
+        numbers = {name: getattr(self, name) for name in ("damping", "patience", "step_length", "stalled")}
+        return super().state() | numbers
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        for name in ("damping", "patience", "step_length", "stalled"):
+            setattr(self, name, state[name])

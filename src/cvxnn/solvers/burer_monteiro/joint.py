@@ -1,0 +1,78 @@
+"""Any loss: both factors and the intercept are variables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.solvers.burer_monteiro.local import LocalProblem, absolute_blocks, gate_grams, selected_features
+
+__all__ = ["Joint"]
+
+
+class Joint(LocalProblem):
+    """(14) in (U, V, b); the variables are u (r, p), v (r, q) and, with an output bias, b (c,)."""
+
+    @property
+    def n_variables(self) -> int:
+        _, p, q = self.op.block_shape
+        return len(self.gate) * (p + q) + (self.loss.Y.shape[1] if self.problem.output_bias else 0)
+
+    def variables(self, columns: Columns, intercept: torch.Tensor) -> list[torch.Tensor]:
+        parts = [columns.u, columns.v]
+        return [*parts, intercept] if self.problem.output_bias else parts
+
+    def point(self, parts: Sequence[torch.Tensor]) -> tuple[Columns, torch.Tensor]:
+        b = parts[2] if self.problem.output_bias else parts[0].new_zeros(self.loss.Y.shape[1])
+        return Columns(self.gate, parts[0], parts[1]), b
+
+    def evaluate(self, parts: Sequence[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+        columns, b = self.point(parts)
+        slopes = self.loss.slopes(columns, b)
+        penalty = self.beta / 2 * float(columns.u.square().sum() + columns.v.square().sum())
+        gradients = [slopes.left.add_(columns.u, alpha=self.beta), slopes.right.add_(columns.v, alpha=self.beta)]
+        return slopes.value + penalty, [*gradients, slopes.intercept][: len(parts)]
+
+    def curvature(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """J^T F'' J, and the blocks [beta I, G_k; G_k^T, beta I] of each column, which can be indefinite."""
+        columns, b = self.point(parts)
+        op, loss, beta = self.op, self.loss, self.beta
+        rows = slice(0, op.n_samples)
+        u, v = columns.u, columns.v
+        (r, p), (q, c) = u.shape, (v.shape[1], loss.Y.shape[1])
+        hidden = op.hidden(self.gate, u, rows)
+        outputs = torch.addmm(b, hidden, v)
+        gradient = self.problem.loss.gradient(outputs, loss.Y, loss.weights)
+        Phi = selected_features(loss, self.gate)
+        n = len(Phi)
+        units = torch.eye(c, dtype=u.dtype, device=u.device)
+        J = u.new_zeros(self.n_variables, n, c)
+        J[: r * p] = torch.einsum("nrp,rc->rpnc", Phi, v).reshape(r * p, n, c)
+        J[r * p : r * (p + q)] = torch.einsum("nr,ec->renc", hidden, units).reshape(r * q, n, c)
+        if self.problem.output_bias:
+            J[r * (p + q) :] = units.unsqueeze(1)
+        second = self.problem.loss.hessian_product(outputs, loss.Y, loss.weights, J)
+        H = J.flatten(1) @ second.flatten(1).T
+        H = (H + H.T) / 2
+        first = torch.zeros_like(self.gates).scatter_(0, self.place, torch.arange(r, device=u.device))
+        G = torch.einsum("nkp,nq->kpq", Phi[:, first], gradient)
+        blocks = beta * torch.eye(p + q, dtype=u.dtype, device=u.device).repeat(len(G), 1, 1)
+        blocks[:, :p, p:], blocks[:, p:, :p] = G, G.mT
+        index = torch.arange(r, device=u.device).unsqueeze(1)
+        where = torch.cat([index * p + torch.arange(p), r * p + index * q + torch.arange(q)], 1)
+        H[where.unsqueeze(2), where.unsqueeze(1)] += absolute_blocks(blocks)[self.place]
+        smoothness = self.problem.loss.smoothness
+        metric = torch.zeros_like(H)
+        grams = gate_grams(loss, self.gates)[self.place] * (smoothness * v.square().sum(1)).view(r, 1, 1)
+        metric[where[:, :p].unsqueeze(2), where[:, :p].unsqueeze(1)] = grams
+        sizes = smoothness * (loss.weights.unsqueeze(1) * hidden.square()).sum(0)
+        metric.diagonal()[r * p : r * (p + q)] += sizes.repeat_interleave(q)
+        metric.diagonal()[: r * (p + q)] += beta
+        metric.diagonal()[r * (p + q) :] += smoothness * float(loss.weights.sum())
+        return H, metric
+
+    def curvature_cost(self) -> float:
+        N = self.n_variables
+        return 2 * N**2 * self.op.n_samples * self.loss.Y.shape[1] + N**3 / 3

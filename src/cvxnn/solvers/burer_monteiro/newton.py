@@ -1,0 +1,92 @@
+"""Newton's method with a positive model of the curvature, damped by a metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cvxnn.solvers.burer_monteiro.local import LocalProblem
+
+__all__ = ["NewtonResult", "newton"]
+
+_LARGEST_DAMPING = 1e8
+_SMALLEST_DAMPING = 1e-14
+#: Relative decreases of the objective below this are not seen reliably.
+_ROUNDING = 1e-11
+
+
+@dataclass
+class NewtonResult:
+    """Where Newton's method ended, the damping to go on with, and whether no step lowered the value."""
+
+    parts: list[torch.Tensor]
+    value: float
+    damping: float
+    stuck: bool
+    n_iter: int
+
+
+def newton(
+    local: LocalProblem, parts: Sequence[torch.Tensor], limit: int, damping: float, tolerance: float
+) -> NewtonResult:
+    """Minimise a local problem.
+
+    Parameters
+    ----------
+    local : LocalProblem
+    parts : list of torch.Tensor
+        Start.
+    limit : int
+        Limit of steps.
+    damping : float
+        Multiple of the metric that is added to the curvature at first (Levenberg-Marquardt); it follows the
+        ratio of the decrease to what the model promised.
+    tolerance : float
+        End where the gradient is at most this times beta times the length of the variables.
+    """
+    shapes = [part.shape for part in parts]
+    sizes = [part.numel() for part in parts]
+    x = torch.cat([part.flatten() for part in parts])
+
+    def split(flat: torch.Tensor) -> list[torch.Tensor]:
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+    value, slopes = local.evaluate(split(x))
+    slope = torch.cat([part.flatten() for part in slopes])
+    for step in range(limit):
+        if float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
+            return NewtonResult(split(x), value, damping, False, step)
+        H, metric = local.curvature(split(x))
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(H + damping * metric)
+            if not bool(failed):
+                move = -torch.cholesky_solve(slope.unsqueeze(1), factor).squeeze(1)
+                promised = -float(slope @ move + move @ (H @ move) / 2)
+                new_value, new_slopes = local.evaluate(split(x + move))
+                ratio = _ratio(value - new_value, promised, value, slope, new_slopes)
+                if ratio > 1e-4:
+                    break
+            damping = max(8 * damping, 1e-8)
+            if damping > _LARGEST_DAMPING:
+                local.evaluate(split(x))
+                return NewtonResult(split(x), value, 1e-3, True, step)
+        x, value = x + move, new_value
+        slope = torch.cat([part.flatten() for part in new_slopes])
+        if ratio > 0.5:
+            damping = max(damping / 10, _SMALLEST_DAMPING)
+        elif ratio < 0.2:
+            damping *= 3
+    return NewtonResult(split(x), value, damping, False, limit)
+
+
+def _ratio(
+    decrease: float, promised: float, value: float, slope: torch.Tensor, new_slopes: Sequence[torch.Tensor]
+) -> float:
+    """Decrease of the value over what was promised; of the gradient, where rounding hides that of the value."""
+    if promised > _ROUNDING * abs(value):
+        return decrease / promised
+    size = math.sqrt(sum(float(part.square().sum()) for part in new_slopes))
+    return 1 - size / float(slope.norm())
