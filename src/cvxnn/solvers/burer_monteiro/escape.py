@@ -88,8 +88,13 @@ def _outside(columns: Columns, gate: torch.Tensor, u: torch.Tensor, n_gates: int
     return inside < _IN_SPAN
 
 
-def new_columns(problem: Problem, loss: FactoredLoss, found: Violation) -> Columns:
-    """The pairs, as long as is best for each of them alone, shortened as they are added together."""
+def new_columns(problem: Problem, loss: FactoredLoss, found: Violation, present: Columns, share: float) -> Columns:
+    """The pairs, as long as is best for each of them alone, shortened as they are added together.
+
+    Their size is at least `share` times the median of the columns that are there: these make room for new
+    ones, so that the best length can be far larger than that of a column alone, and tiny columns take many
+    steps to grow.
+    """
     pairs = found.pairs
     if len(pairs) == 0:
         return pairs
@@ -99,6 +104,8 @@ def new_columns(problem: Problem, loss: FactoredLoss, found: Violation) -> Colum
         curvature += (loss.weights[rows].unsqueeze(1) * hidden.square()).sum(0)
     curvature = (problem.loss.smoothness * curvature).clamp_min(1e-300)
     size = (found.values - problem.beta) / curvature / math.sqrt(len(pairs))
+    if len(present):
+        size = size.clamp_min(share * float(present.sizes().median()))
     root = size.sqrt().unsqueeze(1)
     return Columns(pairs.gate, pairs.u * root, pairs.v * root)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -94,6 +95,7 @@ class BmGlobal(BurerMonteiro):
         self.begin = time.perf_counter()
         self.damping = 1e-3
         self.patience = 1
+        self.share = 0.1
         self.step_length = 0.0
         self._whitening: Whitening | None = None
         self.intercept = self.loss.Y.new_zeros(self.loss.Y.shape[1])
@@ -113,16 +115,18 @@ class BmGlobal(BurerMonteiro):
         self.stalled = len(self.columns) == 0
 
     def step(self) -> None:
+        before = self._objective() if len(self.columns) else math.inf
         added = self._escape()
         if len(self.columns) == 0:
             self.finished = True
             return
-        before = self._objective()
         moved = self._descend(fresh=added > 0)
         self.columns = self.columns.compressed(self.op.n_gates, _EMPTY)
         after = self._objective()
         # Without new columns, the local method gets more time each round; it has stalled where that is of no use.
         self.patience = 1 if added else min(2 * self.patience, 16)
+        # Longer new columns grow sooner; where they are of no use, they only disturb.
+        self.share = min(0.1, 2 * self.share) if after < before else self.share / 4
         no_progress = not before - after > 1e-14 * abs(after)
         self.finished = no_progress and added == 0 and self.stalled
         self.stalled = no_progress or not moved
@@ -140,7 +144,7 @@ class BmGlobal(BurerMonteiro):
         # First the gates that are violated most: the others often follow.
         chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
         found.pairs, found.values = found.pairs[chosen], found.values[chosen]
-        fresh = new_columns(self.problem, self.loss, found)
+        fresh = new_columns(self.problem, self.loss, found, self.columns, self.share)
         if len(fresh):
             self.columns = Columns.joined(self.columns, fresh)
         return len(fresh)
@@ -205,10 +209,10 @@ class BmGlobal(BurerMonteiro):
         return Iterate(None, intercept=self.intercept if self.problem.output_bias else None, factors=factors)
 
     def state(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("damping", "patience", "step_length", "stalled")}
+        numbers = {name: getattr(self, name) for name in ("damping", "patience", "share", "step_length", "stalled")}
         return super().state() | numbers
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        for name in ("damping", "patience", "step_length", "stalled"):
+        for name in ("damping", "patience", "share", "step_length", "stalled"):
             setattr(self, name, state[name])

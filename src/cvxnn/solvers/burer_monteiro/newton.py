@@ -85,8 +85,14 @@ def newton(
 def _ratio(
     decrease: float, promised: float, value: float, slope: torch.Tensor, new_slopes: Sequence[torch.Tensor]
 ) -> float:
-    """Decrease of the value over what was promised; of the gradient, where rounding hides that of the value."""
+    """Decrease of the value over what was promised.
+
+    Where rounding hides it, any step is good that does not raise the value visibly: near a minimum the steps
+    contract, and at a saddle point they lead away, with a gradient that grows at first.
+    """
     if promised > _ROUNDING * abs(value):
         return decrease / promised
+    if decrease < -_ROUNDING * abs(value):
+        return -1.0
     size = math.sqrt(sum(float(part.square().sum()) for part in new_slopes))
-    return 1 - size / float(slope.norm())
+    return 1.0 if size < float(slope.norm()) else 0.3
