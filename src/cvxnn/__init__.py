@@ -2,6 +2,7 @@
 
 from cvxnn._version import __version__
 from cvxnn.certificates import Certificate, certify
+from cvxnn.diagnosis import Diagnosis, diagnose
 from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
@@ -15,10 +16,12 @@ __all__ = [
     "ConvexMLPClassifierCV",
     "ConvexMLPRegressor",
     "ConvexMLPRegressorCV",
+    "Diagnosis",
     "Problem",
     "Result",
     "__version__",
     "certify",
+    "diagnose",
     "export_onnx",
     "load",
     "mlp_problem",

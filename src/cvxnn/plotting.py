@@ -20,17 +20,21 @@ from cvxnn.errors import InvalidInputError
 from cvxnn.files import write_atomically
 
 __all__ = [
+    "COLOURS",
+    "MARKERS",
+    "panels",
     "plot_confusion",
     "plot_decision_regions",
     "plot_gap",
     "plot_gates",
     "plot_regression_surface",
     "plot_residuals",
+    "write_figure",
 ]
 
 # Okabe and Ito's colours, distinguishable with every common colour blindness.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
 _MANY = 30
 
@@ -42,6 +46,35 @@ def _figure(width: float = 6.4, height: float = 4.4) -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     _tidy(axes)
     return figure, axes
+
+
+def panels(
+    rows: int, columns: int, width: float = 3.4, height: float = 3.0, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of axes in the style of the other pictures.
+
+    Parameters
+    ----------
+    rows, columns : int
+    width, height : float
+        Of a panel, in inches.
+    **options
+        For ``Figure.subplots``.
+
+    Returns
+    -------
+    Figure, and an ndarray of axes of shape (rows, columns)
+    """
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        _tidy(axes)
+    return figure, grid
+
+
+def write_figure(figure: Figure, path: PathLike) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    return _write(figure, path)
 
 
 def _tidy(axes: Any) -> None:
@@ -264,7 +297,7 @@ def plot_decision_regions(
     handles = []
     for k, label in enumerate(classes):
         members = X[y == label]
-        marker = _MARKERS[k % len(_MARKERS)]
+        marker = MARKERS[k % len(MARKERS)]
         axes.scatter(*members.T, s=22, color=colours[k], marker=marker, edgecolors="black", linewidths=0.5)
         handles.append(
             Line2D([], [], linestyle="", marker=marker, color=colours[k], markeredgecolor="black", label=str(label))
@@ -276,7 +309,7 @@ def plot_decision_regions(
 
 
 def _colour(k: int, n: int) -> Any:
-    return _COLOURS[k] if n <= len(_COLOURS) else colormaps["viridis"](k / (n - 1))
+    return COLOURS[k] if n <= len(COLOURS) else colormaps["viridis"](k / (n - 1))
 
 
 def plot_regression_surface(

@@ -1,4 +1,4 @@
-"""The command line: ``cvxnn fit``, ``predict``, ``certify`` and ``datasets``."""
+"""The command line: ``cvxnn fit``, ``predict``, ``certify``, ``reproduce`` and ``datasets``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cvxnn.cli.datasets import app as datasets_app
 from cvxnn.cli.fit import fit
 from cvxnn.cli.predict import predict
 from cvxnn.cli.report import FAILED, INTERRUPTED, WRONG_USE, print_error
+from cvxnn.cli.reproduce import reproduce
 from cvxnn.errors import CvxnnError, InvalidInputError, UnsupportedError
 
 __all__ = ["app", "main"]
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(fit)
 app.command()(predict)
 app.command()(certify)
+app.command()(reproduce)
 app.add_typer(datasets_app, name="datasets", help="Data sets that need no file.")
 
 

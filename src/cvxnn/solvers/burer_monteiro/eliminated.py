@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from cvxnn.columns import Columns
 from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
-from cvxnn.solvers.burer_monteiro.local import LocalProblem, absolute_blocks, selected_features
+from cvxnn.solvers.burer_monteiro.curvatures import Curvature, Dense, MatrixFree
+from cvxnn.solvers.burer_monteiro.local import (
+    CG_ACCURACY,
+    CG_LIMIT,
+    LocalProblem,
+    WhitenedGrams,
+    absolute_blocks,
+    selected_features,
+    violated,
+)
 
 __all__ = ["Eliminated"]
 
@@ -23,8 +32,10 @@ class Eliminated(LocalProblem):
     R = beta (A A^T + beta I)^-1 Y is solved for instead.
     """
 
-    def __init__(self, problem: Problem, loss: FactoredLoss, columns: Columns) -> None:
-        super().__init__(problem, loss, columns)
+    def __init__(
+        self, problem: Problem, loss: FactoredLoss, columns: Columns, grams: Callable[[], WhitenedGrams]
+    ) -> None:
+        super().__init__(problem, loss, columns, grams)
         self.root = loss.weights.sqrt()
         self.Y = loss.Y * self.root.unsqueeze(1)
         self.along: torch.Tensor | None = None
@@ -59,12 +70,11 @@ class Eliminated(LocalProblem):
 
     def evaluate(self, parts: Sequence[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
         u, beta = parts[0], self.beta
-        kept = self._solve(u)
+        self._solve(u)
         slope = beta * u
         for rows in self.batches:
             weighted = (self.R[rows] @ self.V.T) * self.root[rows].unsqueeze(1)
             slope -= self.op.hidden_adjoint(self.gate, weighted, rows)
-        del kept
         value = (self.R.square().sum() + beta * self.V.square().sum() + beta * u.square().sum()) / 2
         return float(value), [slope]
 
@@ -104,7 +114,8 @@ class Eliminated(LocalProblem):
         )
         if self.along is not None:
             self.R += torch.outer(self.along, mean @ self.V)
-        self.A = self._centred(parts[0]) if parts else None
+        self.raw = parts[0] if parts else None
+        self.mean = mean
 
     @property
     def features(self) -> torch.Tensor:
@@ -114,15 +125,82 @@ class Eliminated(LocalProblem):
             self._features = self._centred(flat)
         return self._features
 
-    def curvature(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def curvature(self, parts: Sequence[torch.Tensor], dense: bool) -> Curvature:
         """With M_k = U_k U_k^T the objective is convex in M; its Hessian in U is that in M, pulled back, plus
         the blocks beta I - G_k G_k^T / beta, which alone can be indefinite.
         """
-        beta, V, u = self.beta, self.V, parts[0]
+        return self._dense(parts[0]) if dense else self._matrix_free(parts[0])
+
+    def _matrix_free(self, u: torch.Tensor) -> MatrixFree:
+        """With dA = Act(dU):  dV = (A^T A + beta I)^-1 (dA^T R - A^T dA V),  dR = -dA V - A dV."""
+        beta, V, (r, p) = self.beta, self.V, u.shape
+        gradient = -self.R * self.root.unsqueeze(1)
+        place, w, _, values = violated(self.loss, self.gates, gradient, beta)
+        lift = 2 * (values.square() / beta - beta)
+        # All violated pairs of a gate meet all of its columns.
+        column, pair = (self.place.unsqueeze(1) == place.unsqueeze(0)).nonzero().unbind(1)
+        w, lift = w[pair], lift[pair].unsqueeze(1)
+
+        def product(flat: torch.Tensor) -> torch.Tensor:
+            du = flat.view(r, p)
+            dR, dV = self._derivative(u, du)
+            out = beta * du
+            for rows in self.batches:
+                weighted = (dR[rows] @ V.T + self.R[rows] @ dV.T) * self.root[rows].unsqueeze(1)
+                out -= self.op.hidden_adjoint(self.gate, weighted, rows)
+            if len(pair):
+                inner = lift * (w * du[column]).sum(1, keepdim=True)
+                out.index_add_(0, column, inner * w)
+            return out.flatten()
+
+        blocks = self.grams().columns(self.gate, V.square().sum(1))
+        return MatrixFree(
+            product,
+            lambda x: blocks.power(x.view(r, p), beta, 1).flatten(),
+            lambda x, damping: blocks.power(x.view(r, p), (1 + damping) * beta, -1, 1 + damping).flatten(),
+            CG_LIMIT,
+            CG_ACCURACY,
+        )
+
+    def _derivative(self, u: torch.Tensor, du: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Derivatives of R and V along dU."""
+        V = self.V
+        if self.samples_side:
+            dA = self._centred(self._activations(du, self.batches[0]))
+            change = dA.T @ self.R
+            dR = -torch.cholesky_solve(self.beta * (dA @ V) + self.A @ change, self.factor)
+            return dR, (change + self.A.T @ dR) / self.beta
+        right, mean = torch.zeros_like(V), V.new_zeros(len(V))
+        moved = []
+        for rows in self.batches:
+            dA = self._activations(du, rows)
+            moved.append(dA @ V)
+            right += dA.T @ self.R[rows] - self._kept_activations(u, rows).T @ moved[-1]
+            if self.along is not None:
+                mean += dA.T @ self.along[rows]
+        if self.along is not None:
+            right += torch.outer(self.mean, mean @ V)
+        dV = torch.cholesky_solve(right, self.factor)
+        dR = torch.cat(
+            [
+                -torch.addmm(part, self._kept_activations(u, rows), dV)
+                for rows, part in zip(self.batches, moved, strict=True)
+            ]
+        )
+        if self.along is not None:
+            dR += torch.outer(self.along, mean @ V + self.mean @ dV)
+        return dR, dV
+
+    def _kept_activations(self, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Activations of the point, not centred."""
+        return self._activations(u, rows) if self.raw is None else self.raw
+
+    def _dense(self, u: torch.Tensor) -> Dense:
+        beta, V = self.beta, self.V
         r, p = u.shape
         q = V.shape[1]
         Phi = self.features
-        A = self.A if self.A is not None else self._centred(self._activations(u, slice(0, len(Phi))))
+        A = self.A if self.samples_side else self._centred(self._kept_activations(u, slice(0, len(Phi))))
         first = torch.zeros_like(self.gates).scatter_(0, self.place, torch.arange(r, device=u.device))
         chosen = Phi.view(-1, r, p)[:, first]
         G = -torch.einsum("nkp,nq->kpq", chosen, self.R)
@@ -150,7 +228,7 @@ class Eliminated(LocalProblem):
             H.view(r, p, r, p)[index, :, index, :] += (absolute_blocks(blocks) - blocks)[self.place]
         full = torch.zeros_like(H)
         full.view(r, p, r, p)[index, :, index, :] = metric
-        return H, full
+        return Dense(H, full)
 
     def curvature_cost(self) -> float:
         n, (r, N), q = self.op.n_samples, (len(self.gate), self.n_variables), self.Y.shape[1]

@@ -10,6 +10,7 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
+from cvxnn.solvers.burer_monteiro.local import singular_pairs
 
 __all__ = ["Violation", "new_columns", "proximal_step", "violations"]
 
@@ -33,12 +34,19 @@ def loss_gradient(problem: Problem, loss: FactoredLoss, columns: Columns, b: tor
 
 
 def violations(
-    problem: Problem, loss: FactoredLoss, columns: Columns, b: torch.Tensor, most: int, threshold: float
+    problem: Problem,
+    loss: FactoredLoss,
+    columns: Columns,
+    b: torch.Tensor,
+    most: int,
+    threshold: float,
+    share: float,
 ) -> Violation:
     """At most `most` pairs per gate with a singular value above ``threshold`` times beta.
 
     Blocks G_k are formed a few gates at a time. Pairs that the columns of their gate already span are left
-    out: there the local method has not converged, and a further column is no help.
+    out: there the local method has not converged, and a further column is no help. Columns smaller than
+    half of `share` times the median do not count: they would grow too slowly.
     """
     op, beta = loss.op, problem.beta
     gradient = loss_gradient(problem, loss, columns, b)
@@ -46,7 +54,7 @@ def violations(
     ratio = 0.0
     for batch in op.gate_batches():
         G = op.adjoint_blocks(gradient, batch)
-        left, values, right = _top_pairs(-G, most)
+        left, values, right = singular_pairs(-G, most)
         if len(values):
             ratio = max(ratio, float(values.max()) / beta)
         kept = values > threshold * beta
@@ -58,23 +66,14 @@ def violations(
         empty = Columns(columns.gate[:0], columns.u[:0], columns.v[:0])
         return Violation(empty, gradient.new_zeros(0), ratio)
     gate, u, v, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if len(columns):
+        columns = columns.balanced()
+        sizes = columns.sizes()
+        columns = columns[sizes > share / 2 * float(sizes.median())]
     outside = _outside(columns, gate, u, op.n_gates) | _outside(
         Columns(columns.gate, columns.v, columns.u), gate, v, op.n_gates
     )
     return Violation(Columns(gate, u, v)[outside], values[outside], ratio)
-
-
-def _top_pairs(G: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Singular vectors (k, p, m), (k, q, m) and values (k, m) of blocks, the largest first."""
-    if G.shape[1] < G.shape[2]:
-        right, values, left = _top_pairs(G.mT, most)
-        return left, values, right
-    squares, V = torch.linalg.eigh(G.mT @ G)
-    m = min(most, G.shape[2])
-    values = squares[:, -m:].flip(1).clamp_min(0).sqrt()
-    V = V[:, :, -m:].flip(2)
-    U = G @ V
-    return U / values.clamp_min(1e-300).unsqueeze(1), values, V
 
 
 def _outside(columns: Columns, gate: torch.Tensor, u: torch.Tensor, n_gates: int) -> torch.Tensor:
@@ -83,7 +82,7 @@ def _outside(columns: Columns, gate: torch.Tensor, u: torch.Tensor, n_gates: int
         return torch.ones_like(gate, dtype=torch.bool)
     U, _ = columns.factors(n_gates)
     basis, sizes, _ = torch.linalg.svd(U, full_matrices=False)
-    basis = basis * (sizes > 1e-5 * sizes.amax(1, keepdim=True).clamp_min(1e-300)).unsqueeze(1)
+    basis = basis * (sizes > 1e-3 * sizes.amax(1, keepdim=True).clamp_min(1e-300)).unsqueeze(1)
     inside = torch.bmm(basis[gate].mT, u.unsqueeze(2)).squeeze(2).norm(dim=1)
     return inside < _IN_SPAN
 

@@ -13,13 +13,12 @@ from cvxnn.columns import Columns
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
 from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
+from cvxnn.solvers.burer_monteiro.descent import QuasiNewton
 from cvxnn.solvers.burer_monteiro.eliminated import Eliminated
 from cvxnn.solvers.burer_monteiro.escape import new_columns, proximal_step, violations
 from cvxnn.solvers.burer_monteiro.joint import Joint
-from cvxnn.solvers.burer_monteiro.local import LocalProblem
+from cvxnn.solvers.burer_monteiro.local import LocalProblem, WhitenedGrams
 from cvxnn.solvers.burer_monteiro.newton import newton
-from cvxnn.solvers.burer_monteiro.whitening import MAX_ENTRIES, Whitening
-from cvxnn.solvers.lbfgs import minimise
 from cvxnn.validation import check_choice, check_flag, check_integer
 
 __all__ = ["BmGlobal"]
@@ -42,8 +41,9 @@ class GlobalOptions:
         or a proximal gradient step on all Z_k (BM-Global; Lee, Liang, Tang, Toh 2024).
     new_columns : int
         Most columns that are added to a gate at a time.
-    local : {"auto", "newton", "lbfgs"}
-        Method between two escapes; "auto" takes Newton's where a step is cheap.
+    local : {"auto", "newton", "newton_cg", "lbfgs"}
+        Method between two escapes: Newton's with dense matrices, or by conjugate gradients, or L-BFGS. "auto"
+        takes the first where one step is cheap, and otherwise the second.
     eliminate : bool
         Minimise V and the intercept out where the loss is squared.
     whiten : bool
@@ -65,7 +65,7 @@ class GlobalOptions:
 
     def __post_init__(self) -> None:
         check_choice(self.escape, "escape", ("columns", "proximal"))
-        check_choice(self.local, "local", ("auto", "newton", "lbfgs"))
+        check_choice(self.local, "local", ("auto", "newton", "newton_cg", "lbfgs"))
         check_flag(self.eliminate, "eliminate")
         check_flag(self.whiten, "whiten")
         for name in ("new_columns", "newton_iter", "lbfgs_iter", "history"):
@@ -97,7 +97,8 @@ class BmGlobal(BurerMonteiro):
         self.patience = 1
         self.share = 0.1
         self.step_length = 0.0
-        self._whitening: Whitening | None = None
+        self.grams: WhitenedGrams | None = None
+        self.quasi: QuasiNewton | None = None
         self.intercept = self.loss.Y.new_zeros(self.loss.Y.shape[1])
         if point is not None and point.factors is not None:
             self.columns = Columns.from_factors(*point.factors).to(self.loss.Y).without_zeros()
@@ -117,11 +118,15 @@ class BmGlobal(BurerMonteiro):
     def step(self) -> None:
         before = self._objective() if len(self.columns) else math.inf
         added = self._escape()
+        if added:
+            # Other columns: what approximates the Hessian is of no use any more.
+            self.quasi = None
         if len(self.columns) == 0:
             self.finished = True
             return
         moved = self._descend(fresh=added > 0)
-        self.columns = self.columns.compressed(self.op.n_gates, _EMPTY)
+        if self.quasi is None:
+            self.columns = self.columns.compressed(self.op.n_gates, _EMPTY)
         after = self._objective()
         # Without new columns, the local method gets more time each round; it has stalled where that is of no use.
         self.patience = 1 if added else min(2 * self.patience, 16)
@@ -139,14 +144,16 @@ class BmGlobal(BurerMonteiro):
         if self.options.escape == "proximal" and len(self.columns):
             return self._proximal_escape() if self.stalled else 0
         most = max(self.options.new_columns, self.rank or 0)
-        found = violations(self.problem, self.loss, self.columns, self.intercept, most, 1 + 0.1 * self.tol)
+        threshold = 1 + 0.1 * self.tol
+        found = violations(self.problem, self.loss, self.columns, self.intercept, most, threshold, self.share)
         worst = float(found.values.max()) / self.problem.beta if len(found.values) else 1.0
         # First the gates that are violated most: the others often follow.
         chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
         found.pairs, found.values = found.pairs[chosen], found.values[chosen]
         fresh = new_columns(self.problem, self.loss, found, self.columns, self.share)
         if len(fresh):
-            self.columns = Columns.joined(self.columns, fresh)
+            kept = self.columns.compressed(self.op.n_gates, _EMPTY)
+            self.columns = Columns.joined(kept, fresh)
         return len(fresh)
 
     def _proximal_escape(self) -> int:
@@ -161,48 +168,39 @@ class BmGlobal(BurerMonteiro):
 
     def _local(self) -> LocalProblem:
         squared = self.problem.loss.name == "squared" and self.options.eliminate
-        return (Eliminated if squared else Joint)(self.problem, self.loss, self.columns)
+        return (Eliminated if squared else Joint)(self.problem, self.loss, self.columns, self._grams)
 
     def _descend(self, fresh: bool) -> bool:
         """Move the columns by the local method; False if it could not."""
-        local = self._local()
-        parts = local.variables(self.columns, self.intercept)
-        method = self.options.local
-        if method == "auto":
-            numbers = local.n_variables**2 + local.n_variables * self.loss.Y.numel()
-            cheap = local.curvature_cost() <= _NEWTON_OPERATIONS and numbers <= _NEWTON_NUMBERS
-            method = "newton" if cheap else "lbfgs"
-        if method == "newton":
+        local = self.quasi.local if self.quasi is not None else self._local()
+        deadline = None if self.time_limit is None else self.begin + self.time_limit
+        if self.quasi is None and self.options.local != "lbfgs":
             damping = max(self.damping, 1e-4) if fresh else self.damping
-            found = newton(local, parts, self.options.newton_iter * self.patience, damping, 1e-13)
+            parts = local.variables(self.columns, self.intercept)
+            limit = self.options.newton_iter * self.patience
+            found = newton(local, parts, limit, damping, 1e-13, self._dense(local), deadline)
             self.damping = found.damping
             self.columns, self.intercept = local.point(found.parts)
             return not found.stuck
-        return self._quasi_newton(local, parts)
+        if self.quasi is None:
+            parts = local.variables(self.columns, self.intercept)
+            self.quasi = QuasiNewton(local, parts, self._grams() if self.options.whiten else None, self.options.history)
+        moved = self.quasi.run(self.options.lbfgs_iter, deadline)
+        self.columns, self.intercept = local.point(self.quasi.parts())
+        return moved
 
-    def _quasi_newton(self, local: LocalProblem, parts: list[torch.Tensor]) -> bool:
-        n_gates, p, _ = self.op.block_shape
-        deadline = None if self.time_limit is None else self.begin + self.time_limit
-        white = None
-        if self.options.whiten and n_gates * p * p <= MAX_ENTRIES:
-            if self._whitening is None:
-                self._whitening = Whitening(self.loss, self.problem.beta)
-            white = self._whitening.padded(local.gate)
+    def _dense(self, local: LocalProblem) -> bool:
+        """Whether to form the matrices of Newton's method."""
+        if self.options.local != "auto":
+            return self.options.local == "newton"
+        numbers = local.n_variables**2 + local.n_variables * self.loss.Y.numel()
+        return local.curvature_cost() <= _NEWTON_OPERATIONS and numbers <= _NEWTON_NUMBERS
 
-        def objective(*variables: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
-            if white is None:
-                return local.evaluate(variables)
-            value, slopes = local.evaluate([white.colour(variables[0]), *variables[1:]])
-            return value, [white.gradient(slopes[0]), *slopes[1:]]
-
-        start = parts if white is None else [white.whiten(parts[0]), *parts[1:]]
-        limit = self.options.lbfgs_iter * self.patience
-        found = minimise(
-            objective, start, limit, gtol=1e-13 * local.beta, ftol=0.0, history=self.options.history, deadline=deadline
-        )
-        moved = found.parts if white is None else [white.colour(found.parts[0]), *found.parts[1:]]
-        self.columns, self.intercept = local.point(moved)
-        return found.n_iter > 1
+    def _grams(self) -> WhitenedGrams:
+        """The Gram matrices of all gates, computed once."""
+        if self.grams is None:
+            self.grams = WhitenedGrams(self.loss)
+        return self.grams
 
     def iterate(self) -> Iterate:
         factors = self.columns.balanced().factors(self.op.n_gates)
@@ -210,9 +208,14 @@ class BmGlobal(BurerMonteiro):
 
     def state(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in ("damping", "patience", "share", "step_length", "stalled")}
-        return super().state() | numbers
+        return super().state() | numbers | ({} if self.quasi is None else self.quasi.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        if "lbfgs.numbers" in state:
+            local = self._local()
+            parts = local.variables(self.columns, self.intercept)
+            self.quasi = QuasiNewton(local, parts, self._grams() if self.options.whiten else None, self.options.history)
+            self.quasi.load_state(state)
         for name in ("damping", "patience", "share", "step_length", "stalled"):
             setattr(self, name, state[name])

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from cvxnn.columns import Columns
-from cvxnn.solvers.burer_monteiro.local import LocalProblem, absolute_blocks, gate_grams, selected_features
+from cvxnn.solvers.burer_monteiro.curvatures import Curvature, Dense, MatrixFree
+from cvxnn.solvers.burer_monteiro.local import (
+    CG_ACCURACY,
+    CG_LIMIT,
+    LocalProblem,
+    absolute_blocks,
+    gate_grams,
+    selected_features,
+    violated,
+)
 
 __all__ = ["Joint"]
 
@@ -35,9 +44,58 @@ class Joint(LocalProblem):
         gradients = [slopes.left.add_(columns.u, alpha=self.beta), slopes.right.add_(columns.v, alpha=self.beta)]
         return slopes.value + penalty, [*gradients, slopes.intercept][: len(parts)]
 
-    def curvature(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def curvature(self, parts: Sequence[torch.Tensor], dense: bool) -> Curvature:
         """J^T F'' J, and the blocks [beta I, G_k; G_k^T, beta I] of each column, which can be indefinite."""
         columns, b = self.point(parts)
+        return self._dense(columns, b) if dense else self._matrix_free(columns, b)
+
+    def _matrix_free(self, columns: Columns, b: torch.Tensor) -> MatrixFree:
+        op, loss, beta = self.op, self.loss, self.beta
+        u, v = columns.u, columns.v
+        outputs = op.apply_columns(columns) + b
+        gradient = self.problem.loss.gradient(outputs, loss.Y, loss.weights)
+        place, w, x, values = violated(loss, self.gates, gradient, beta)
+        column, pair = (self.place.unsqueeze(1) == place.unsqueeze(0)).nonzero().unbind(1)
+        # The eigenvalue beta - sigma of (w, -x) / sqrt(2) becomes sigma - beta.
+        w, x, lift = w[pair], x[pair], (values[pair] - beta).unsqueeze(1)
+        sizes = [u.numel(), v.numel(), *([len(b)] if self.problem.output_bias else [])]
+
+        def split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            parts = flat.split(sizes)
+            return (parts[0].view_as(u), parts[1].view_as(v), *parts[2:])
+
+        def product(flat: torch.Tensor) -> torch.Tensor:
+            du, dv, *db = split(flat)
+            slopes = loss.hessian_product(columns, b, du, dv, *db)
+            left, right = slopes.left + beta * du, slopes.right + beta * dv
+            if len(pair):
+                inner = lift * ((w * du[column]).sum(1) - (x * dv[column]).sum(1)).unsqueeze(1)
+                left.index_add_(0, column, inner * w)
+                right.index_add_(0, column, -inner * x)
+            return torch.cat([left.flatten(), right.flatten(), slopes.intercept])[: len(flat)]
+
+        smoothness = self.problem.loss.smoothness
+        blocks = self.grams().columns(self.gate, smoothness * v.square().sum(1))
+        energy = torch.zeros_like(v[:, 0])
+        for rows in op.column_batches(len(columns)):
+            hidden = op.hidden(self.gate, u, rows)
+            energy += smoothness * (loss.weights[rows].unsqueeze(1) * hidden.square()).sum(0)
+        energy = (energy + beta).unsqueeze(1)
+        offset = smoothness * float(loss.weights.sum())
+
+        def metric(flat: torch.Tensor) -> torch.Tensor:
+            du, dv, *db = split(flat)
+            return torch.cat([blocks.power(du, beta, 1).flatten(), (energy * dv).flatten(), *(offset * d for d in db)])
+
+        def precondition(flat: torch.Tensor, damping: float) -> torch.Tensor:
+            du, dv, *db = split(flat)
+            more = 1 + damping
+            left = blocks.power(du, more * beta, -1, more)
+            return torch.cat([left.flatten(), (dv / (more * energy)).flatten(), *(d / (more * offset) for d in db)])
+
+        return MatrixFree(product, metric, precondition, CG_LIMIT, CG_ACCURACY)
+
+    def _dense(self, columns: Columns, b: torch.Tensor) -> Dense:
         op, loss, beta = self.op, self.loss, self.beta
         rows = slice(0, op.n_samples)
         u, v = columns.u, columns.v
@@ -71,7 +129,7 @@ class Joint(LocalProblem):
         metric.diagonal()[r * p : r * (p + q)] += sizes.repeat_interleave(q)
         metric.diagonal()[: r * (p + q)] += beta
         metric.diagonal()[r * (p + q) :] += smoothness * float(loss.weights.sum())
-        return H, metric
+        return Dense(H, metric)
 
     def curvature_cost(self) -> float:
         N = self.n_variables

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from cvxnn.columns import Columns
 from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
+from cvxnn.solvers.burer_monteiro.curvatures import Curvature
 
-__all__ = ["LocalProblem", "absolute_blocks", "gate_grams", "selected_features"]
+__all__ = [
+    "CG_LIMIT",
+    "LocalProblem",
+    "WhitenedGrams",
+    "absolute_blocks",
+    "gate_grams",
+    "selected_features",
+    "violated",
+]
+
+#: Iterations of conjugate gradients in one step of Newton's method, and the residual at which they end.
+CG_LIMIT = 100
+CG_ACCURACY = 0.1
 
 
 class LocalProblem(ABC):
@@ -23,9 +36,14 @@ class LocalProblem(ABC):
     loss : FactoredLoss
     columns : Columns
         Their gates are those of the variables.
+    grams : callable
+        Returns the Gram matrices of the gates; called where they are needed.
     """
 
-    def __init__(self, problem: Problem, loss: FactoredLoss, columns: Columns) -> None:
+    def __init__(
+        self, problem: Problem, loss: FactoredLoss, columns: Columns, grams: Callable[[], WhitenedGrams]
+    ) -> None:
+        self.grams = grams
         self.problem = problem
         self.loss = loss
         self.op = loss.op
@@ -52,16 +70,16 @@ class LocalProblem(ABC):
         """Objective and gradients; what they need is kept for `curvature`."""
 
     @abstractmethod
-    def curvature(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A positive semi-definite model of the Hessian at the last point evaluated, and a metric of steps.
+    def curvature(self, parts: Sequence[torch.Tensor], dense: bool) -> Curvature:
+        """A positive semi-definite model of the Hessian at the last point evaluated.
 
-        The model is the Hessian with the negative eigenvalues of its indefinite part turned positive; this
-        part is block-diagonal, a small block per gate. Both are dense, (N, N).
+        It is the Hessian with the negative eigenvalues of its indefinite part turned positive; this part is
+        block-diagonal, a small block per gate.
         """
 
     @abstractmethod
     def curvature_cost(self) -> float:
-        """Floating-point operations of one curvature and its factorisation, about."""
+        """Floating-point operations of one dense curvature and its factorisation, about."""
 
 
 def selected_features(loss: FactoredLoss, gate: torch.Tensor) -> torch.Tensor:
@@ -90,3 +108,71 @@ def absolute_blocks(blocks: torch.Tensor) -> torch.Tensor:
     """Symmetric blocks with the absolute values of their eigenvalues."""
     values, vectors = torch.linalg.eigh(blocks)
     return (vectors * values.abs().unsqueeze(1)) @ vectors.mT
+
+
+def violated(
+    loss: FactoredLoss, gates: torch.Tensor, gradient: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular pairs of G_k = A_k*(gradient) above beta: place of k in `gates`, w (t, p), x (t, q), values (t,)."""
+    op = loss.op
+    found = []
+    place = torch.full((op.n_gates,), -1, dtype=torch.long, device=gates.device)
+    place[gates] = torch.arange(len(gates), device=gates.device)
+    for batch in op.gate_batches():
+        here = place[batch]
+        if bool((here < 0).all()):
+            continue
+        G = op.adjoint_blocks(gradient, batch)[here >= 0]
+        left, values, right = singular_pairs(G)
+        which, column = (values > beta).nonzero().unbind(1)
+        found.append((here[here >= 0][which], left.mT[which, column], right.mT[which, column], values[which, column]))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def singular_pairs(G: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular vectors (k, p, m), (k, q, m) and values (k, m), the largest first, by the smaller Gram matrix."""
+    if G.shape[1] < G.shape[2]:
+        right, values, left = singular_pairs(G.mT, most)
+        return left, values, right
+    squares, V = torch.linalg.eigh(G.mT @ G)
+    values, V = squares.flip(1)[:, :most].clamp_min(0).sqrt(), V.flip(2)[:, :, :most]
+    U = G @ V
+    return U / values.clamp_min(1e-300).unsqueeze(1), values, V
+
+
+class WhitenedGrams:
+    """Powers of the blocks s_j X^T D_k W D_k X + t I of the columns j of gate k, from an eigendecomposition."""
+
+    def __init__(self, loss: FactoredLoss) -> None:
+        gates = torch.arange(loss.op.n_gates, device=loss.Y.device)
+        values, self.vectors = torch.linalg.eigh(gate_grams(loss, gates))
+        self.values = values.clamp_min(0)
+
+    def columns(self, gate: torch.Tensor, scale: torch.Tensor) -> GramColumns:
+        """The products for columns of some gates, with the scales s_j."""
+        return GramColumns(self, gate, scale)
+
+
+class GramColumns:
+    """The blocks of a list of columns, those of one gate side by side, so that one batched product serves all."""
+
+    def __init__(self, grams: WhitenedGrams, gate: torch.Tensor, scale: torch.Tensor) -> None:
+        self.gates, self.place = torch.unique(gate, return_inverse=True)
+        order = torch.argsort(self.place, stable=True)
+        counts = torch.bincount(self.place, minlength=len(self.gates))
+        self.slot = torch.empty_like(self.place)
+        starts = counts.cumsum(0) - counts
+        self.slot[order] = torch.arange(len(gate), device=gate.device) - starts[self.place[order]]
+        self.width = int(counts.max()) if len(gate) else 0
+        every = len(self.gates) == len(grams.values)
+        self.vectors = grams.vectors if every else grams.vectors[self.gates]
+        self.values = scale.unsqueeze(1) * grams.values[gate]
+
+    def _times(self, matrices: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        full = u.new_zeros(len(self.gates), self.width, u.shape[1])
+        full[self.place, self.slot] = u
+        return torch.bmm(full, matrices)[self.place, self.slot]
+
+    def power(self, u: torch.Tensor, shift: float, exponent: float, times: float = 1.0) -> torch.Tensor:
+        """(times s_j gram + shift I)^exponent u_j."""
+        return self._times(self.vectors.mT, self._times(self.vectors, u) * (times * self.values + shift) ** exponent)

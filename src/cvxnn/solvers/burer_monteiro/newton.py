@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,13 @@ class NewtonResult:
 
 
 def newton(
-    local: LocalProblem, parts: Sequence[torch.Tensor], limit: int, damping: float, tolerance: float
+    local: LocalProblem,
+    parts: Sequence[torch.Tensor],
+    limit: int,
+    damping: float,
+    tolerance: float,
+    dense: bool = True,
+    deadline: float | None = None,
 ) -> NewtonResult:
     """Minimise a local problem.
 
@@ -46,6 +53,10 @@ def newton(
         ratio of the decrease to what the model promised.
     tolerance : float
         End where the gradient is at most this times beta times the length of the variables.
+    dense : bool
+        Form the curvature; otherwise steps are by conjugate gradients.
+    deadline : float, optional
+        Value of ``time.perf_counter`` at which to end.
     """
     shapes = [part.shape for part in parts]
     sizes = [part.numel() for part in parts]
@@ -59,12 +70,12 @@ def newton(
     for step in range(limit):
         if float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
             return NewtonResult(split(x), value, damping, False, step)
-        H, metric = local.curvature(split(x))
+        curvature = local.curvature(split(x), dense)
         while True:
-            factor, failed = torch.linalg.cholesky_ex(H + damping * metric)
-            if not bool(failed):
-                move = -torch.cholesky_solve(slope.unsqueeze(1), factor).squeeze(1)
-                promised = -float(slope @ move + move @ (H @ move) / 2)
+            solved = curvature.step(slope, damping)
+            if solved is not None:
+                move, curved = solved
+                promised = -float(slope @ move + move @ curved / 2)
                 new_value, new_slopes = local.evaluate(split(x + move))
                 ratio = _ratio(value - new_value, promised, value, slope, new_slopes)
                 if ratio > 1e-4:
@@ -79,6 +90,8 @@ def newton(
             damping = max(damping / 10, _SMALLEST_DAMPING)
         elif ratio < 0.2:
             damping *= 3
+        if deadline is not None and time.perf_counter() >= deadline:
+            return NewtonResult(split(x), value, damping, False, step + 1)
     return NewtonResult(split(x), value, damping, False, limit)
 
 
