@@ -22,6 +22,9 @@ from cvxnn.solvers.burer_monteiro.local import (
 
 __all__ = ["Eliminated"]
 
+#: Ratio of the system to beta from which on its solutions are refined once.
+_REFINE = 1e2
+
 
 class Eliminated(LocalProblem):
     """h(U) = min over V and b of (14), for F = 1/2 ||W^(1/2) (T - Y)||^2.
@@ -87,6 +90,9 @@ class Eliminated(LocalProblem):
             system.diagonal().add_(beta)
             self.factor = torch.linalg.cholesky(system)
             self.R = beta * torch.cholesky_solve(self.Y, self.factor)
+            if self._is_ill_conditioned(system):
+                rest = self.Y - self.R - A @ (A.T @ self.R) / beta
+                self.R += beta * torch.cholesky_solve(rest, self.factor)
             self.V = A.T @ self.R / beta
             self.A = A
             return
@@ -106,16 +112,27 @@ class Eliminated(LocalProblem):
         system.diagonal().add_(beta)
         self.factor = torch.linalg.cholesky(system)
         self.V = torch.cholesky_solve(right, self.factor)
-        self.R = torch.cat(
-            [
-                torch.addmm(self.Y[rows], parts[0] if parts else self._activations(u, rows), self.V, alpha=-1)
-                for rows in self.batches
-            ]
-        )
-        if self.along is not None:
-            self.R += torch.outer(self.along, mean @ self.V)
         self.raw = parts[0] if parts else None
         self.mean = mean
+        self.R = self._residual(u)
+        if self._is_ill_conditioned(system):
+            rest = -beta * self.V
+            for rows in self.batches:
+                rest += self._kept_activations(u, rows).T @ self.R[rows]
+            self.V += torch.cholesky_solve(rest, self.factor)
+            self.R = self._residual(u)
+
+    def _is_ill_conditioned(self, system: torch.Tensor) -> bool:
+        """Whether the normal equations lose digits that count, so that their solution is to be refined."""
+        return float(system.diagonal().max()) > _REFINE * self.beta
+
+    def _residual(self, u: torch.Tensor) -> torch.Tensor:
+        """R = Y - A V."""
+        parts = [
+            torch.addmm(self.Y[rows], self._kept_activations(u, rows), self.V, alpha=-1) for rows in self.batches
+        ]
+        R = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return R if self.along is None else R + torch.outer(self.along, self.mean @ self.V)
 
     @property
     def features(self) -> torch.Tensor:
