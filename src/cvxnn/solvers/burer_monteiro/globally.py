@@ -59,7 +59,7 @@ class GlobalOptions:
     local: str = "auto"
     eliminate: bool = True
     whiten: bool = True
-    newton_iter: int = 5
+    newton_iter: int = 20
     lbfgs_iter: int = 50
     history: int = 20
 
@@ -96,6 +96,7 @@ class BmGlobal(BurerMonteiro):
         self.damping = 1e-3
         self.patience = 1
         self.share = 0.1
+        self.violation = 1.0
         self.step_length = 0.0
         self.grams: WhitenedGrams | None = None
         self.quasi: QuasiNewton | None = None
@@ -148,6 +149,7 @@ class BmGlobal(BurerMonteiro):
         found = violations(self.problem, self.loss, self.columns, self.intercept, most, threshold, self.share)
         worst = float(found.values.max()) / self.problem.beta if len(found.values) else 1.0
         # First the gates that are violated most: the others often follow.
+        self.violation = worst - 1
         chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
         found.pairs, found.values = found.pairs[chosen], found.values[chosen]
         fresh = new_columns(self.problem, self.loss, found, self.columns, self.share)
@@ -178,7 +180,7 @@ class BmGlobal(BurerMonteiro):
             damping = max(self.damping, 1e-4) if fresh else self.damping
             parts = local.variables(self.columns, self.intercept)
             limit = self.options.newton_iter * self.patience
-            found = newton(local, parts, limit, damping, 1e-13, self._dense(local), deadline)
+            found = newton(local, parts, limit, damping, self._accuracy(), self._dense(local), deadline)
             self.damping = found.damping
             self.columns, self.intercept = local.point(found.parts)
             return not found.stuck
@@ -188,6 +190,10 @@ class BmGlobal(BurerMonteiro):
         moved = self.quasi.run(self.options.lbfgs_iter, deadline)
         self.columns, self.intercept = local.point(self.quasi.parts())
         return moved
+
+    def _accuracy(self) -> float:
+        """Residual at which a local method may end: what is violated by more than it is seen first."""
+        return min(1e-3, max(0.03 * self.violation, 1e-2 * self.tol)) if self.patience == 1 else 1e-13
 
     def _dense(self, local: LocalProblem) -> bool:
         """Whether to form the matrices of Newton's method."""
@@ -207,7 +213,7 @@ class BmGlobal(BurerMonteiro):
         return Iterate(None, intercept=self.intercept if self.problem.output_bias else None, factors=factors)
 
     def state(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("damping", "patience", "share", "step_length", "stalled")}
+        numbers = {name: getattr(self, name) for name in ("damping", "patience", "share", "violation", "step_length", "stalled")}
         return super().state() | numbers | ({} if self.quasi is None else self.quasi.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -217,5 +223,5 @@ class BmGlobal(BurerMonteiro):
             parts = local.variables(self.columns, self.intercept)
             self.quasi = QuasiNewton(local, parts, self._grams() if self.options.whiten else None, self.options.history)
             self.quasi.load_state(state)
-        for name in ("damping", "patience", "share", "step_length", "stalled"):
+        for name in ("damping", "patience", "share", "violation", "step_length", "stalled"):
             setattr(self, name, state[name])
