@@ -150,7 +150,7 @@ class BmGlobal(BurerMonteiro):
         worst = float(found.values.max()) / self.problem.beta if len(found.values) else 1.0
         # First the gates that are violated most: the others often follow.
         self.violation = worst - 1
-        chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
+        chosen = found.values > self.problem.beta * (1 + 0.5 * (worst - 1))
         found.pairs, found.values = found.pairs[chosen], found.values[chosen]
         fresh = new_columns(self.problem, self.loss, found, self.columns, self.share)
         if len(fresh):
@@ -180,7 +180,8 @@ class BmGlobal(BurerMonteiro):
             damping = max(self.damping, 1e-4) if fresh else self.damping
             parts = local.variables(self.columns, self.intercept)
             limit = self.options.newton_iter * self.patience
-            found = newton(local, parts, limit, damping, self._accuracy(), self._dense(local), deadline)
+            at_least = 3 if fresh else 0
+            found = newton(local, parts, limit, damping, self._accuracy(), self._dense(local), at_least, deadline)
             self.damping = found.damping
             self.columns, self.intercept = local.point(found.parts)
             return not found.stuck
@@ -193,7 +194,7 @@ class BmGlobal(BurerMonteiro):
 
     def _accuracy(self) -> float:
         """Residual at which a local method may end: what is violated by more than it is seen first."""
-        return min(1e-3, max(0.03 * self.violation, 1e-2 * self.tol)) if self.patience == 1 else 1e-13
+        return min(1e-2, max(0.03 * self.violation, 1e-2 * self.tol)) if self.patience == 1 else 1e-13
 
     def _dense(self, local: LocalProblem) -> bool:
         """Whether to form the matrices of Newton's method."""

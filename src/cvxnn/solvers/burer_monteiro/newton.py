@@ -37,6 +37,7 @@ def newton(
     damping: float,
     tolerance: float,
     dense: bool = True,
+    at_least: int = 0,
     deadline: float | None = None,
 ) -> NewtonResult:
     """Minimise a local problem.
@@ -55,6 +56,8 @@ def newton(
         End where the gradient is at most this times beta times the length of the variables.
     dense : bool
         Form the curvature; otherwise steps are by conjugate gradients.
+    at_least : int
+        Take so many steps even where the gradient is small: new columns have small gradients at first.
     deadline : float, optional
         Value of ``time.perf_counter`` at which to end.
     """
@@ -68,7 +71,7 @@ def newton(
     value, slopes = local.evaluate(split(x))
     slope = torch.cat([part.flatten() for part in slopes])
     for step in range(limit):
-        if float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
+        if step >= at_least and float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
             return NewtonResult(split(x), value, damping, False, step)
         curvature = local.curvature(split(x), dense)
         while True:
