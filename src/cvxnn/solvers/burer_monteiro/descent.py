@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from cvxnn.solvers.burer_monteiro.local import LocalProblem, WhitenedGrams
+from cvxnn.solvers.burer_monteiro.grams import WhitenedGrams
+from cvxnn.solvers.burer_monteiro.local import LocalProblem
 
 __all__ = ["QuasiNewton"]
 

@@ -16,8 +16,9 @@ from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
 from cvxnn.solvers.burer_monteiro.descent import QuasiNewton
 from cvxnn.solvers.burer_monteiro.eliminated import Eliminated
 from cvxnn.solvers.burer_monteiro.escape import new_columns, proximal_step, violations
+from cvxnn.solvers.burer_monteiro.grams import WhitenedGrams
 from cvxnn.solvers.burer_monteiro.joint import Joint
-from cvxnn.solvers.burer_monteiro.local import LocalProblem, WhitenedGrams
+from cvxnn.solvers.burer_monteiro.local import LocalProblem
 from cvxnn.solvers.burer_monteiro.newton import newton
 from cvxnn.validation import check_choice, check_flag, check_integer
 
@@ -43,12 +44,13 @@ class GlobalOptions:
         Most columns that are added to a gate at a time.
     local : {"auto", "newton", "newton_cg", "lbfgs"}
         Method between two escapes: Newton's with dense matrices, or by conjugate gradients, or L-BFGS. "auto"
-        takes the first where one step is cheap, and otherwise the second.
+        takes the first where one step is cheap, and otherwise L-BFGS until it gets slow, or the second at once
+        where its products are cheap.
     eliminate : bool
         Minimise V and the intercept out where the loss is squared.
     whiten : bool
         Change the variables of each gate for L-BFGS.
-    newton_iter, lbfgs_iter : int
+    newton_iter, newton_cg_iter, lbfgs_iter : int
         Iterations between two certificates.
     history : int
         Number of pairs that approximate the Hessian in L-BFGS.
@@ -60,6 +62,7 @@ class GlobalOptions:
     eliminate: bool = True
     whiten: bool = True
     newton_iter: int = 20
+    newton_cg_iter: int = 5
     lbfgs_iter: int = 50
     history: int = 20
 
@@ -68,7 +71,7 @@ class GlobalOptions:
         check_choice(self.local, "local", ("auto", "newton", "newton_cg", "lbfgs"))
         check_flag(self.eliminate, "eliminate")
         check_flag(self.whiten, "whiten")
-        for name in ("new_columns", "newton_iter", "lbfgs_iter", "history"):
+        for name in ("new_columns", "newton_iter", "newton_cg_iter", "lbfgs_iter", "history"):
             check_integer(getattr(self, name), name)
 
 
@@ -97,6 +100,7 @@ class BmGlobal(BurerMonteiro):
         self.patience = 1
         self.share = 0.1
         self.violation = 1.0
+        self.slow = False
         self.step_length = 0.0
         self.grams: WhitenedGrams | None = None
         self.quasi: QuasiNewton | None = None
@@ -149,8 +153,11 @@ class BmGlobal(BurerMonteiro):
         found = violations(self.problem, self.loss, self.columns, self.intercept, most, threshold, self.share)
         worst = float(found.values.max()) / self.problem.beta if len(found.values) else 1.0
         # First the gates that are violated most: the others often follow.
-        self.violation = worst - 1
-        chosen = found.values > self.problem.beta * (1 + 0.5 * (worst - 1))
+        if self.quasi is not None and len(found.values) == 0 and found.ratio - 1 > 0.5 * self.violation:
+            # Fifty iterations of L-BFGS did little, and no column is missing: it is the conditioning.
+            self.slow, self.quasi = self.options.local == "auto", None
+        self.violation = found.ratio - 1
+        chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
         found.pairs, found.values = found.pairs[chosen], found.values[chosen]
         fresh = new_columns(self.problem, self.loss, found, self.columns, self.share)
         if len(fresh):
@@ -175,33 +182,43 @@ class BmGlobal(BurerMonteiro):
     def _descend(self, fresh: bool) -> bool:
         """Move the columns by the local method; False if it could not."""
         local = self.quasi.local if self.quasi is not None else self._local()
+        method = "lbfgs" if self.quasi is not None else self._method(local)
         deadline = None if self.time_limit is None else self.begin + self.time_limit
-        if self.quasi is None and self.options.local != "lbfgs":
-            damping = max(self.damping, 1e-4) if fresh else self.damping
-            parts = local.variables(self.columns, self.intercept)
-            limit = self.options.newton_iter * self.patience
-            at_least = 3 if fresh else 0
-            found = newton(local, parts, limit, damping, self._accuracy(), self._dense(local), at_least, deadline)
-            self.damping = found.damping
-            self.columns, self.intercept = local.point(found.parts)
-            return not found.stuck
-        if self.quasi is None:
-            parts = local.variables(self.columns, self.intercept)
-            self.quasi = QuasiNewton(local, parts, self._grams() if self.options.whiten else None, self.options.history)
-        moved = self.quasi.run(self.options.lbfgs_iter, deadline)
-        self.columns, self.intercept = local.point(self.quasi.parts())
-        return moved
+        if method == "lbfgs":
+            self.quasi = self.quasi or self._quasi_newton(local)
+            moved = self.quasi.run(self.options.lbfgs_iter, deadline)
+            self.columns, self.intercept = local.point(self.quasi.parts())
+            return moved
+        damping = max(self.damping, 1e-4) if fresh else self.damping
+        found = newton(
+            local,
+            local.variables(self.columns, self.intercept),
+            limit=self.patience * (self.options.newton_iter if method == "newton" else self.options.newton_cg_iter),
+            damping=damping,
+            tolerance=self._accuracy(),
+            dense=method == "newton",
+            at_least=3 if fresh else 0,
+            deadline=deadline,
+        )
+        self.damping = found.damping
+        self.columns, self.intercept = local.point(found.parts)
+        return not found.stuck
+
+    def _method(self, local: LocalProblem) -> str:
+        if self.options.local != "auto":
+            return self.options.local
+        numbers = local.n_variables**2 + local.n_variables * self.loss.Y.numel()
+        if local.curvature_cost() <= _NEWTON_OPERATIONS and numbers <= _NEWTON_NUMBERS:
+            return "newton"
+        return "newton_cg" if self.slow or local.products_are_cheap() else "lbfgs"
+
+    def _quasi_newton(self, local: LocalProblem) -> QuasiNewton:
+        parts = local.variables(self.columns, self.intercept)
+        return QuasiNewton(local, parts, self._grams() if self.options.whiten else None, self.options.history)
 
     def _accuracy(self) -> float:
         """Residual at which a local method may end: what is violated by more than it is seen first."""
         return min(1e-2, max(0.03 * self.violation, 1e-2 * self.tol)) if self.patience == 1 else 1e-13
-
-    def _dense(self, local: LocalProblem) -> bool:
-        """Whether to form the matrices of Newton's method."""
-        if self.options.local != "auto":
-            return self.options.local == "newton"
-        numbers = local.n_variables**2 + local.n_variables * self.loss.Y.numel()
-        return local.curvature_cost() <= _NEWTON_OPERATIONS and numbers <= _NEWTON_NUMBERS
 
     def _grams(self) -> WhitenedGrams:
         """The Gram matrices of all gates, computed once."""
@@ -213,16 +230,24 @@ class BmGlobal(BurerMonteiro):
         factors = self.columns.balanced().factors(self.op.n_gates)
         return Iterate(None, intercept=self.intercept if self.problem.output_bias else None, factors=factors)
 
+    _NUMBERS: ClassVar[tuple[str, ...]] = (
+        "damping",
+        "patience",
+        "share",
+        "violation",
+        "slow",
+        "step_length",
+        "stalled",
+    )
+
     def state(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("damping", "patience", "share", "violation", "step_length", "stalled")}
+        numbers = {name: getattr(self, name) for name in self._NUMBERS}
         return super().state() | numbers | ({} if self.quasi is None else self.quasi.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         if "lbfgs.numbers" in state:
-            local = self._local()
-            parts = local.variables(self.columns, self.intercept)
-            self.quasi = QuasiNewton(local, parts, self._grams() if self.options.whiten else None, self.options.history)
+            self.quasi = self._quasi_newton(self._local())
             self.quasi.load_state(state)
-        for name in ("damping", "patience", "share", "violation", "step_length", "stalled"):
+        for name in self._NUMBERS:
             setattr(self, name, state[name])

@@ -8,12 +8,12 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.solvers.burer_monteiro.curvatures import Curvature, Dense, MatrixFree
+from cvxnn.solvers.burer_monteiro.grams import gate_grams
 from cvxnn.solvers.burer_monteiro.local import (
     CG_ACCURACY,
     CG_LIMIT,
     LocalProblem,
     absolute_blocks,
-    gate_grams,
     selected_features,
     violated,
 )
@@ -130,6 +130,9 @@ class Joint(LocalProblem):
         metric.diagonal()[: r * (p + q)] += beta
         metric.diagonal()[r * (p + q) :] += smoothness * float(loss.weights.sum())
         return Dense(H, metric)
+
+    def products_are_cheap(self) -> bool:
+        return False
 
     def curvature_cost(self) -> float:
         N = self.n_variables

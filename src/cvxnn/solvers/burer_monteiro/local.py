@@ -11,13 +11,12 @@ from cvxnn.columns import Columns
 from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
 from cvxnn.solvers.burer_monteiro.curvatures import Curvature
+from cvxnn.solvers.burer_monteiro.grams import WhitenedGrams
 
 __all__ = [
     "CG_LIMIT",
     "LocalProblem",
-    "WhitenedGrams",
     "absolute_blocks",
-    "gate_grams",
     "selected_features",
     "violated",
 ]
@@ -78,6 +77,10 @@ class LocalProblem(ABC):
         """
 
     @abstractmethod
+    def products_are_cheap(self) -> bool:
+        """Whether a product with the curvature costs no more than an evaluation."""
+
+    @abstractmethod
     def curvature_cost(self) -> float:
         """Floating-point operations of one dense curvature and its factorisation, about."""
 
@@ -89,19 +92,6 @@ def selected_features(loss: FactoredLoss, gate: torch.Tensor) -> torch.Tensor:
     units = torch.eye(p, dtype=op.dtype, device=gate.device)
     every = gate.repeat_interleave(p)
     return op.hidden(every, units.repeat(len(gate), 1), slice(0, op.n_samples)).view(-1, len(gate), p)
-
-
-def gate_grams(loss: FactoredLoss, gates: torch.Tensor) -> torch.Tensor:
-    """X^T D_k W D_k X of each gate, (k, p, p), W the weights of the samples."""
-    op = loss.op
-    p = op.block_shape[1]
-    units = torch.eye(p, dtype=op.dtype, device=gates.device)
-    grams = []
-    root = loss.weights.sqrt().unsqueeze(1)
-    for gate in gates:
-        features = op.hidden(gate.repeat(p), units, slice(0, op.n_samples)) * root
-        grams.append(features.T @ features)
-    return torch.stack(grams) if grams else units.new_zeros(0, p, p)
 
 
 def absolute_blocks(blocks: torch.Tensor) -> torch.Tensor:
@@ -138,41 +128,3 @@ def singular_pairs(G: torch.Tensor, most: int | None = None) -> tuple[torch.Tens
     values, V = squares.flip(1)[:, :most].clamp_min(0).sqrt(), V.flip(2)[:, :, :most]
     U = G @ V
     return U / values.clamp_min(1e-300).unsqueeze(1), values, V
-
-
-class WhitenedGrams:
-    """Powers of the blocks s_j X^T D_k W D_k X + t I of the columns j of gate k, from an eigendecomposition."""
-
-    def __init__(self, loss: FactoredLoss) -> None:
-        gates = torch.arange(loss.op.n_gates, device=loss.Y.device)
-        values, self.vectors = torch.linalg.eigh(gate_grams(loss, gates))
-        self.values = values.clamp_min(0)
-
-    def columns(self, gate: torch.Tensor, scale: torch.Tensor) -> GramColumns:
-        """The products for columns of some gates, with the scales s_j."""
-        return GramColumns(self, gate, scale)
-
-
-class GramColumns:
-    """The blocks of a list of columns, those of one gate side by side, so that one batched product serves all."""
-
-    def __init__(self, grams: WhitenedGrams, gate: torch.Tensor, scale: torch.Tensor) -> None:
-        self.gates, self.place = torch.unique(gate, return_inverse=True)
-        order = torch.argsort(self.place, stable=True)
-        counts = torch.bincount(self.place, minlength=len(self.gates))
-        self.slot = torch.empty_like(self.place)
-        starts = counts.cumsum(0) - counts
-        self.slot[order] = torch.arange(len(gate), device=gate.device) - starts[self.place[order]]
-        self.width = int(counts.max()) if len(gate) else 0
-        every = len(self.gates) == len(grams.values)
-        self.vectors = grams.vectors if every else grams.vectors[self.gates]
-        self.values = scale.unsqueeze(1) * grams.values[gate]
-
-    def _times(self, matrices: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        full = u.new_zeros(len(self.gates), self.width, u.shape[1])
-        full[self.place, self.slot] = u
-        return torch.bmm(full, matrices)[self.place, self.slot]
-
-    def power(self, u: torch.Tensor, shift: float, exponent: float, times: float = 1.0) -> torch.Tensor:
-        """(times s_j gram + shift I)^exponent u_j."""
-        return self._times(self.vectors.mT, self._times(self.vectors, u) * (times * self.values + shift) ** exponent)
