@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import cached_property
 from typing import Any
 
@@ -226,6 +227,13 @@ def _choose_gates(
     return np.ascontiguousarray(found[:, kept]), np.ascontiguousarray(bits[:, kept]), scope
 
 
+def _without_copy(data: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # torch warns of arrays that cannot be written to; nothing writes to the data.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(data)
+
+
 def mlp_problem(
     X: Any,
     Y: Any,
@@ -252,7 +260,8 @@ def mlp_problem(
     Parameters
     ----------
     X : array-like of shape (n, d)
-        Data, NumPy or torch (or a data frame of numbers).
+        Data, NumPy or torch (or a data frame of numbers). A float64 ``numpy.memmap`` is not copied with
+        ``dtype="float64"`` and without `hidden_bias`: rows are read when they are needed.
     Y : array-like of shape (n,) or (n, c)
         1-D integers or strings are class labels (one-hot, one column per class); 1-D floats are one
         regression output; 2-D is taken as it is.
@@ -327,7 +336,9 @@ def mlp_problem(
     sample_weights = check_sample_weight(sample_weight, len(data))
     if hidden_bias:
         data = np.hstack([data, np.ones((len(data), 1))])
-    tensor = torch.tensor(data, dtype=torch_dtype)
+    # A memory-mapped array in the type of the problem stays where it is.
+    mapped = isinstance(X, np.memmap) and not hidden_bias and torch_dtype == torch.float64
+    tensor = _without_copy(data) if mapped else torch.tensor(data, dtype=torch_dtype)
     Y_tensor = torch.tensor(targets, dtype=torch_dtype)
     check_range(tensor, "X")
     check_range(Y_tensor, "Y", squares_count=True)

@@ -97,6 +97,11 @@ def _to_numpy(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def all_finite(array: np.ndarray, rows: int = 65_536) -> bool:
+    """Whether all entries are finite, a part of the rows at a time."""
+    return all(bool(np.isfinite(array[i : i + rows]).all()) for i in range(0, len(array), rows))
+
+
 def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray:
     """Return `value` as a finite float64 matrix with at least one row and one column."""
     try:
@@ -114,7 +119,7 @@ def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray
         raise InvalidInputError(f"{name} is empty, shape {array.shape}; at least one row and column is wanted")
     if n_rows is not None and len(array) != n_rows:
         raise InvalidInputError(f"{name} has {len(array)} rows; {n_rows}, one per sample, are wanted")
-    if not np.isfinite(array).all():
+    if not all_finite(array):
         kind = "NaN" if np.isnan(array).any() else "infinity"
         raise InvalidInputError(f"{name} contains {kind}; finite numbers are wanted")
     return np.ascontiguousarray(array)
@@ -159,7 +164,7 @@ def _are_fractions(values: np.ndarray) -> bool:
 
 def check_range(values: torch.Tensor, name: str, *, squares_count: bool = False) -> None:
     """Refuse finite numbers whose squares overflow in their type or, where these count, underflow in float64."""
-    largest = float(values.abs().max())
+    largest = max(float(part.abs().max()) for part in values.split(65_536))
     kind = str(values.dtype).removeprefix("torch.")
     seen = f"{name} has entries of up to {largest:g}, whose squares"
     if largest > math.sqrt(torch.finfo(values.dtype).max / values.numel()):

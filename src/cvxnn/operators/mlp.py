@@ -162,11 +162,11 @@ class MLPOperator(Operator):
 
     @cached_property
     def prediction_norm(self) -> float:
-        largest = float(self.X.abs().max())
+        largest = _largest(self.X)
         if largest == 0:
             return 0.0
-        norms = torch.linalg.vector_norm(self.X / largest, dim=1)
-        return float(norms.max()) * largest * (1 + 4 * self.X.shape[1] * torch.finfo(self.dtype).eps)
+        norm = max(float(torch.linalg.vector_norm(part / largest, dim=1).max()) for part in _parts(self.X))
+        return norm * largest * (1 + 4 * self.X.shape[1] * torch.finfo(self.dtype).eps)
 
     def apply_rounding(self, Z: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
@@ -210,7 +210,16 @@ class MLPOperator(Operator):
 
 def _frobenius(matrix: torch.Tensor) -> float:
     """Frobenius norm, without over- or underflow of the squares."""
-    largest = float(matrix.abs().max())
+    largest = _largest(matrix)
     if not 0 < largest < math.inf:
         return largest
-    return largest * float(torch.linalg.vector_norm(matrix / largest))
+    return largest * math.hypot(*(float(torch.linalg.vector_norm(part / largest)) for part in _parts(matrix)))
+
+
+def _largest(matrix: torch.Tensor) -> float:
+    return max(float(part.abs().max()) for part in _parts(matrix))
+
+
+def _parts(matrix: torch.Tensor) -> list[torch.Tensor]:
+    """The rows in parts, as they may be on disk."""
+    return [matrix[rows] for rows in row_batches(len(matrix), matrix.shape[1] * matrix.element_size())]

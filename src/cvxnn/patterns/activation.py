@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvxnn.errors import InvalidInputError
+from cvxnn.validation import all_finite
 
 _BLOCK_COLUMNS = 4096
 _BLOCK_ENTRIES = 1 << 22
@@ -23,7 +24,7 @@ def check_matrix(name: str, array: object, *, finite: bool = True) -> NDArray[np
         raise InvalidInputError(f"{name} must be a matrix of real numbers: {error}.") from error
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise InvalidInputError(f"{name} has shape {matrix.shape}; a matrix with rows and columns is wanted.")
-    if finite and not np.isfinite(matrix).all():
+    if finite and not all_finite(matrix):
         raise InvalidInputError(f"{name} has NaN or infinite entries; finite numbers are wanted.")
     return matrix
 
