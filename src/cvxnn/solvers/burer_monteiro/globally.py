@@ -27,8 +27,12 @@ __all__ = ["BmGlobal"]
 #: Columns smaller than this, relative to the largest, are removed.
 _EMPTY = 1e-8
 #: Newton's method where one step takes at most so many operations and so much memory (in numbers).
-_NEWTON_OPERATIONS = 6e9
+_NEWTON_OPERATIONS = 1.5e9
 _NEWTON_NUMBERS = 5e7
+#: Steps of Newton's method between two certificates.
+_NEWTON_ROUND = 5
+#: Without new columns, rounds get longer, up to so many times.
+_MOST_PATIENCE = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class GlobalOptions:
     whiten : bool
         Change the variables of each gate for L-BFGS.
     newton_iter, newton_cg_iter, lbfgs_iter : int
-        Iterations between two certificates.
+        Most iterations of each method between two escapes.
     history : int
         Number of pairs that approximate the Hessian in L-BFGS.
     """
@@ -101,6 +105,9 @@ class BmGlobal(BurerMonteiro):
         self.share = 0.1
         self.violation = 1.0
         self.slow = False
+        self.descents = 0
+        self.added = 0
+        self.value = math.inf
         self.step_length = 0.0
         self.grams: WhitenedGrams | None = None
         self.quasi: QuasiNewton | None = None
@@ -121,24 +128,30 @@ class BmGlobal(BurerMonteiro):
         self.stalled = len(self.columns) == 0
 
     def step(self) -> None:
-        before = self._objective() if len(self.columns) else math.inf
-        added = self._escape()
-        if added:
-            # Other columns: what approximates the Hessian is of no use any more.
-            self.quasi = None
+        """A part of a round: an escape at its beginning, then the local method."""
+        if self.descents == 0:
+            self.value = self._objective() if len(self.columns) else math.inf
+            self.added = self._escape()
+            if self.added:
+                # Other columns: what approximates the Hessian is of no use any more.
+                self.quasi = None
         if len(self.columns) == 0:
             self.finished = True
             return
-        moved = self._descend(fresh=added > 0)
+        moved = self._descend(fresh=self.added > 0 and self.descents == 0)
         if self.quasi is None:
             self.columns = self.columns.compressed(self.op.n_gates, _EMPTY)
+        if self.descents == 0:
+            self._end_round(moved)
+
+    def _end_round(self, moved: bool) -> None:
         after = self._objective()
         # Without new columns, the local method gets more time each round; it has stalled where that is of no use.
-        self.patience = 1 if added else min(2 * self.patience, 16)
+        self.patience = 1 if self.added else min(2 * self.patience, _MOST_PATIENCE)
         # Longer new columns grow sooner; where they are of no use, they only disturb.
-        self.share = min(0.1, 2 * self.share) if after < before else self.share / 4
-        no_progress = not before - after > 1e-14 * abs(after)
-        self.finished = no_progress and added == 0 and self.stalled
+        self.share = min(0.1, 2 * self.share) if after < self.value else self.share / 4
+        no_progress = not self.value - after > 1e-14 * abs(after)
+        self.finished = no_progress and self.stalled and self.patience == _MOST_PATIENCE
         self.stalled = no_progress or not moved
 
     def _objective(self) -> float:
@@ -190,16 +203,20 @@ class BmGlobal(BurerMonteiro):
             self.columns, self.intercept = local.point(self.quasi.parts())
             return moved
         damping = max(self.damping, 1e-4) if fresh else self.damping
+        total = self.patience * (self.options.newton_iter if method == "newton" else self.options.newton_cg_iter)
         found = newton(
             local,
             local.variables(self.columns, self.intercept),
-            limit=self.patience * (self.options.newton_iter if method == "newton" else self.options.newton_cg_iter),
+            limit=min(_NEWTON_ROUND, total - self.descents),
             damping=damping,
             tolerance=self._accuracy(),
             dense=method == "newton",
             at_least=3 if fresh else 0,
             deadline=deadline,
         )
+        self.descents += found.n_iter
+        if found.stuck or found.converged or self.descents >= total:
+            self.descents = 0
         self.damping = found.damping
         self.columns, self.intercept = local.point(found.parts)
         return not found.stuck
@@ -236,12 +253,15 @@ class BmGlobal(BurerMonteiro):
         "share",
         "violation",
         "slow",
+        "descents",
+        "added",
         "step_length",
         "stalled",
     )
 
     def state(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in self._NUMBERS}
+        numbers["value"] = self.value if math.isfinite(self.value) else None
         return super().state() | numbers | ({} if self.quasi is None else self.quasi.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -249,5 +269,6 @@ class BmGlobal(BurerMonteiro):
         if "lbfgs.numbers" in state:
             self.quasi = self._quasi_newton(self._local())
             self.quasi.load_state(state)
+        self.value = math.inf if state["value"] is None else state["value"]
         for name in self._NUMBERS:
             setattr(self, name, state[name])

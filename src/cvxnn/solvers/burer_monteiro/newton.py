@@ -21,12 +21,13 @@ _ROUNDING = 1e-11
 
 @dataclass
 class NewtonResult:
-    """Where Newton's method ended, the damping to go on with, and whether no step lowered the value."""
+    """Where Newton's method ended, the damping to go on with, and why it ended: stuck, converged or at its limit."""
 
     parts: list[torch.Tensor]
     value: float
     damping: float
     stuck: bool
+    converged: bool
     n_iter: int
 
 
@@ -72,7 +73,7 @@ def newton(
     slope = torch.cat([part.flatten() for part in slopes])
     for step in range(limit):
         if step >= at_least and float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
-            return NewtonResult(split(x), value, damping, False, step)
+            return NewtonResult(split(x), value, damping, False, True, step)
         curvature = local.curvature(split(x), dense)
         while True:
             solved = curvature.step(slope, damping)
@@ -86,7 +87,7 @@ def newton(
             damping = max(8 * damping, 1e-8)
             if damping > _LARGEST_DAMPING:
                 local.evaluate(split(x))
-                return NewtonResult(split(x), value, 1e-3, True, step)
+                return NewtonResult(split(x), value, 1e-3, True, False, step)
         x, value = x + move, new_value
         slope = torch.cat([part.flatten() for part in new_slopes])
         if ratio > 0.5:
@@ -94,8 +95,8 @@ def newton(
         elif ratio < 0.2:
             damping *= 3
         if deadline is not None and time.perf_counter() >= deadline:
-            return NewtonResult(split(x), value, damping, False, step + 1)
-    return NewtonResult(split(x), value, damping, False, limit)
+            return NewtonResult(split(x), value, damping, False, False, step + 1)
+    return NewtonResult(split(x), value, damping, False, False, limit)
 
 
 def _ratio(
