@@ -312,7 +312,8 @@ def _theorem_bound(
     """Theorem 3.4, (20), at stationary points; what is left of the residual is added.
 
     With s = min(1, beta/q) and F >= 0, convexity gives p* >= s (F - <G, Z>); at a stationary point
-    -<G, Z> = beta Omega and this is (20), elsewhere it is off by the computed difference.
+    -<G, Z> = beta Omega and this is (20), elsewhere it is off by the computed difference. What is left of the
+    slope in an intercept (a part of `stationarity`) is centred out of G first.
     """
     if not stationarity <= STATIONARITY_TOLERANCE:
         return None

@@ -20,13 +20,17 @@ from cvxnn.stationarity import (
     residuals,
     spectral_norms,
 )
-from cvxnn.theorems import CONSISTENT, PointFacts, Theorem, not_minimum, short, theorems, verdict
+from cvxnn.theorems import PointFacts, Theorem, not_minimum, short, theorems, verdict
 from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["Diagnosis", "diagnose"]
 
 _EPS = 2.0**-53
 _SHOWN_GATES = 8
+
+
+#: An optimum may be above the objective by this fraction of it, as it may have been computed roughly.
+_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -316,12 +320,23 @@ def _read_result(factors: Any, intercept: Any, dual: Any) -> tuple[Any, Any, Any
     return factors.factors, intercept, dual
 
 
+def _same_problem(a: Problem, b: Problem) -> bool:
+    """Whether two problems have the same data, gates, loss and norm; beta is compared elsewhere."""
+    pairs = [(a.Y64, b.Y64), (a.weights, b.weights), (a.patterns, b.patterns)]
+    pairs += list(zip(a.operator.double().data_tensors(), b.operator.double().data_tensors(), strict=True))
+    facts = [(p.activation, repr(p.loss), p.norm.name, p.output_bias) for p in (a, b)]
+    return facts[0] == facts[1] and all(x.shape == y.shape and bool((x == y).all()) for x, y in pairs)
+
+
 def _true_gap(problem: Problem, optimum: Any, certificate: Certificate) -> tuple[float, float] | None:
     """Bounds of (p - p*) / p* from what is known about p*."""
     if optimum is None:
         return None
     primal = certificate.primal
     known = getattr(optimum, "certificate", optimum)
+    other = getattr(optimum, "problem", problem)
+    if other is not problem and not _same_problem(other, problem):
+        raise InvalidInputError("optimum is a result of another problem (other data, gates, loss or norms)")
     if hasattr(known, "lower_bound") and hasattr(known, "primal"):
         beta = getattr(known, "beta", problem.beta)
         if beta != problem.beta:
@@ -338,7 +353,7 @@ def _true_gap(problem: Problem, optimum: Any, certificate: Certificate) -> tuple
             ) from None
         if not math.isfinite(low) or low < 0:
             raise InvalidInputError(f"optimum is {low}; a finite number of at least 0 is wanted")
-    if low > primal * (1 + CONSISTENT):
+    if low > primal * (1 + _SLACK):
         raise InvalidInputError(f"optimum is at least {low:.8g}, more than the objective {primal:.8g} of the factors")
     return relative_gap(primal, high), relative_gap(primal, low)
 

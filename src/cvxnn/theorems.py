@@ -11,8 +11,8 @@ from cvxnn.curvature import Curvature
 
 __all__ = ["CONSISTENT", "PointFacts", "Theorem", "not_minimum", "short", "theorems", "verdict"]
 
-#: A theorem that rests on numerical ranks is believed where ||G_k|| / beta exceeds 1 by at most this.
-CONSISTENT = 1e-3
+#: A theorem that rests on numerical ranks is believed where ||G_k|| / beta exceeds 1 by at most so many times tol.
+CONSISTENT = 10
 SADDLE = "the point is a saddle"
 GLOBAL = "global optimum"
 
@@ -191,9 +191,11 @@ def _entry(
     """An entry for linear and gated ReLU networks with l2 norms; `point` is an objection that is not about gates."""
     objections = [f"{failure} in {name_gates(failing, len(facts.ratios))}"] if failing else []
     objections += [point] if point else []
-    inconsistent = facts.failing(lambda k: facts.ratios[k] <= 1 + CONSISTENT)
+    inconsistent = facts.failing(lambda k: facts.ratios[k] <= 1 + CONSISTENT * facts.tol)
     if conclusion == GLOBAL and inconsistent and not objections:
         objections = [f"||G_k|| > beta in {name_gates(inconsistent)} contradicts the numerical ranks"]
+    if conclusion == GLOBAL and facts.not_minimum == SADDLE and not objections:
+        objections = ["negative curvature contradicts the numerical ranks"]
     if facts.blocked:
         objections = [facts.blocked]
     return Theorem(name, statement, not objections, not failing, failing, conclusion, "; ".join(objections))

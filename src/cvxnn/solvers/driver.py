@@ -54,7 +54,9 @@ class _Best:
         if not seen.primal < float("inf"):
             return False
         if seen.primal < self.primal:
-            self.primal, self.intercept, self.factors = seen.primal, seen.intercept, point.factors
+            self.primal, self.intercept = seen.primal, seen.intercept
+            U, V = point.factors or (None, None)
+            self.factors = None if U is None or V is None else (U.detach().clone(), V.detach().clone())
             self.Z = None if point.Z is None else point.Z.detach().clone()
         if point.dual is None:
             nu = problem.dual_candidate(seen.predictions)

@@ -21,6 +21,8 @@ __all__ = ["MAX_DEFAULT_RANK", "BurerMonteiro", "only_l2"]
 MAX_DEFAULT_RANK = 10
 #: Size of the columns that fill up a warm start of smaller rank, relative to a random start.
 _FILL = 1e-3
+#: Columns of a warm start that are smaller than this, relative to the largest, count as missing.
+_DEAD = 1e-8
 
 
 def only_l2(problem: Problem, name: str) -> str | None:
@@ -67,7 +69,7 @@ class BurerMonteiro(Solver):
             self.intercept = self.problem.best_intercept(outputs).to(self.loss.Y)
 
     def random_columns(self, scale: float = 1.0) -> Columns:
-        """Gaussian columns with balanced sides, scaled so that the predictions are of the size of the data."""
+        """Gaussian columns with balanced sides; predictions are of the size of the sample, whatever P and m."""
         n_gates, p, q = self.op.block_shape
         m = self.target_rank
         entry = scale / math.sqrt(p * m * n_gates)
@@ -81,8 +83,10 @@ class BurerMonteiro(Solver):
     def fitted(self, columns: Columns) -> Columns:
         """The columns with exactly `target_rank` per gate: the best pairs, and small random ones."""
         n_gates, m = self.op.n_gates, self.target_rank
+        # Columns of zeros would stay there: the gradient in them is zero.
+        columns = columns.without_zeros(_DEAD)
         if len(columns) > n_gates * m or int(columns.counts(n_gates).max()) > m:
-            columns = columns.without_zeros().compressed(n_gates, most=m)
+            columns = columns.compressed(n_gates, _DEAD, most=m)
         missing = m - columns.counts(n_gates)
         if int(missing.max()) > 0:
             small = self.random_columns(_FILL)
@@ -125,6 +129,8 @@ class BurerMonteiro(Solver):
         return [self.rank, seed]
 
     def message(self, certificate: Certificate) -> str:
+        if math.isinf(certificate.relative_gap):
+            return "the lower bound is zero, so that no gap can be told"
         if certificate.stationarity > STATIONARITY_TOLERANCE:
             return (
                 f"the solver cannot go on, at a relative stationarity residual of {certificate.stationarity:.1e}: "

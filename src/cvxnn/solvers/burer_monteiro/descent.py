@@ -13,6 +13,9 @@ from cvxnn.solvers.burer_monteiro.local import LocalProblem
 
 __all__ = ["QuasiNewton"]
 
+#: The objective as L-BFGS sees it at the start.
+_SCALE = 1e8
+
 
 class QuasiNewton:
     """L-BFGS with strong Wolfe line search (torch) on the variables of a local problem.
@@ -39,6 +42,8 @@ class QuasiNewton:
             self.variables, history_size=history, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
         )
         self.value = float("inf")
+        #: torch refuses pairs whose product is below 1e-10 in absolute terms: the objective is scaled up.
+        self.scale = _SCALE / max(abs(local.evaluate(self.parts())[0]), 1e-300)
 
     def parts(self) -> list[torch.Tensor]:
         """The variables of the local problem."""
@@ -51,8 +56,8 @@ class QuasiNewton:
             if self.white is not None:
                 slopes[0] = self.white.power(slopes[0], self.local.beta, -0.5)
             for variable, slope in zip(self.variables, slopes, strict=True):
-                variable.grad = slope
-        return self.value
+                variable.grad = self.scale * slope
+        return self.scale * self.value
 
     def run(self, limit: int, deadline: float | None) -> bool:
         """At most `limit` iterations, in runs of ten up to the deadline; False if no step was possible."""
@@ -77,6 +82,7 @@ class QuasiNewton:
             if memory.get(name) is not None:
                 state[f"lbfgs.{name}"] = memory[name].clone()
         numbers = {name: float(memory[name]) for name in ("t", "H_diag", "prev_loss") if name in memory}
+        numbers["scale"] = self.scale
         numbers |= {name: int(memory[name]) for name in ("n_iter", "func_evals") if name in memory}
         return state | {"lbfgs.numbers": numbers}
 
@@ -86,10 +92,13 @@ class QuasiNewton:
             for i, part in enumerate(self.variables):
                 part.copy_(state[f"lbfgs.x{i}"])
         memory = self.optimizer.state[self.variables[0]]
-        memory.update(state["lbfgs.numbers"])
+        numbers = dict(state["lbfgs.numbers"])
+        self.scale = numbers.pop("scale")
+        if not numbers:
+            return
+        memory.update(numbers)
         for name in ("old_dirs", "old_stps", "ro"):
-            if f"lbfgs.{name}" in state:
-                memory[name] = list(state[f"lbfgs.{name}"])
+            memory[name] = list(state.get(f"lbfgs.{name}", ()))
         for name in ("d", "prev_flat_grad"):
             if f"lbfgs.{name}" in state:
                 memory[name] = state[f"lbfgs.{name}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -73,7 +74,8 @@ class Eliminated(LocalProblem):
 
     def evaluate(self, parts: Sequence[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
         u, beta = parts[0], self.beta
-        self._solve(u)
+        if not self._solve(u):
+            return math.inf, [torch.zeros_like(u)]
         slope = beta * u
         for rows in self.batches:
             weighted = (self.R[rows] @ self.V.T) * self.root[rows].unsqueeze(1)
@@ -81,21 +83,22 @@ class Eliminated(LocalProblem):
         value = (self.R.square().sum() + beta * self.V.square().sum() + beta * u.square().sum()) / 2
         return float(value), [slope]
 
-    def _solve(self, u: torch.Tensor) -> None:
-        """The best V (r, c), the residual R (n, c) and the Cholesky factor of the system."""
+    def _solve(self, u: torch.Tensor) -> bool:
+        """The best V (r, c), the residual R (n, c) and the Cholesky factor; False where rounding forbids it."""
         beta = self.beta
         if self.samples_side:
             A = self._centred(self._activations(u, self.batches[0]))
             system = A @ A.T
             system.diagonal().add_(beta)
-            self.factor = torch.linalg.cholesky(system)
+            if not self._factor(system):
+                return False
             self.R = beta * torch.cholesky_solve(self.Y, self.factor)
             if self._is_ill_conditioned(system):
                 rest = self.Y - self.R - A @ (A.T @ self.R) / beta
                 self.R += beta * torch.cholesky_solve(rest, self.factor)
             self.V = A.T @ self.R / beta
             self.A = A
-            return
+            return True
         r = len(u)
         system, right = u.new_zeros(r, r), u.new_zeros(r, self.Y.shape[1])
         mean = u.new_zeros(r)
@@ -110,7 +113,8 @@ class Eliminated(LocalProblem):
                 parts.append(A)
         system.addr_(mean, mean, alpha=-1)
         system.diagonal().add_(beta)
-        self.factor = torch.linalg.cholesky(system)
+        if not self._factor(system):
+            return False
         self.V = torch.cholesky_solve(right, self.factor)
         self.raw = parts[0] if parts else None
         self.mean = mean
@@ -121,6 +125,11 @@ class Eliminated(LocalProblem):
                 rest += self._kept_activations(u, rows).T @ self.R[rows]
             self.V += torch.cholesky_solve(rest, self.factor)
             self.R = self._residual(u)
+        return True
+
+    def _factor(self, system: torch.Tensor) -> bool:
+        self.factor, failed = torch.linalg.cholesky_ex(system)
+        return not bool(failed) and bool(torch.isfinite(self.factor.diagonal()).all())
 
     def _is_ill_conditioned(self, system: torch.Tensor) -> bool:
         """Whether the normal equations lose digits that count, so that their solution is to be refined."""

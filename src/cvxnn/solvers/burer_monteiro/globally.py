@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cvxnn.certificates import Certificate
 from cvxnn.columns import Columns
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
@@ -181,7 +182,8 @@ class BmGlobal(BurerMonteiro):
     def _proximal_escape(self) -> int:
         if self.step_length == 0:
             weights = float(self.loss.weights.max()) * self.problem.loss.smoothness
-            self.step_length = 1 / (weights * self.op.n_gates * float(self.op.prediction_norm) ** 2)
+            curvature = weights * self.op.n_gates * float(self.op.prediction_norm) ** 2
+            self.step_length = 1 / max(curvature, 1e-300)
         before = len(self.columns)
         self.columns, self.step_length = proximal_step(
             self.problem, self.loss, self.columns, self.intercept, 4 * self.step_length
@@ -242,6 +244,14 @@ class BmGlobal(BurerMonteiro):
         if self.grams is None:
             self.grams = WhitenedGrams(self.loss)
         return self.grams
+
+    def message(self, certificate: Certificate) -> str:
+        if math.isinf(certificate.relative_gap):
+            return super().message(certificate)
+        return (
+            f"neither the local method nor new columns lower the objective any more, at ||G_k|| of at most "
+            f"{certificate.dual_norm_ratio:.6g} beta: this is the accuracy that rounding allows"
+        )
 
     def iterate(self) -> Iterate:
         factors = self.columns.balanced().factors(self.op.n_gates)

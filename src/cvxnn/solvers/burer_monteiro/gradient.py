@@ -80,6 +80,7 @@ class Descent(BurerMonteiro):
         self.plateau = 0
         self.lowest = math.inf
         self.first_value = math.inf
+        self.first_offset = 0.0
         self.shortened = 1.0
         self.decayed = 1.0
         self.first = (self.columns.clone(), self.intercept.clone())
@@ -125,9 +126,10 @@ class Descent(BurerMonteiro):
             self.finished = residual <= _STATIONARY[self.loss.Y.dtype] and not self._offset(slopes)
 
     def _offset(self, slopes: Slopes) -> bool:
-        """Whether the intercept is not yet stationary."""
-        scale = float(self.loss.weights.sum())
-        return float(slopes.intercept.abs().max()) > _STATIONARY[self.loss.Y.dtype] * scale
+        """Whether the intercept is not yet stationary, relative to the slope at the start."""
+        size = float(slopes.intercept.abs().max())
+        self.first_offset = max(self.first_offset, size)
+        return size > _STATIONARY[self.loss.Y.dtype] * self.first_offset
 
     def step_length(self) -> float:
         """Length of the next step."""
@@ -185,6 +187,7 @@ class Descent(BurerMonteiro):
         "plateau",
         "lowest",
         "first_value",
+        "first_offset",
         "shortened",
         "decayed",
         "curvature",

@@ -107,6 +107,8 @@ def _ratio(
     Where rounding hides it, any step is good that does not raise the value visibly: near a minimum the steps
     contract, and at a saddle point they lead away, with a gradient that grows at first.
     """
+    if not math.isfinite(decrease):
+        return -1.0
     if promised > _ROUNDING * abs(value):
         return decrease / promised
     if decrease < -_ROUNDING * abs(value):

@@ -10,6 +10,7 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.problem import Problem
+from cvxnn.solvers.base import Iterate
 from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
 from cvxnn.solvers.lbfgs import minimise
 from cvxnn.validation import check_integer
@@ -50,9 +51,12 @@ class BmLbfgs(BurerMonteiro):
     def unsupported(cls, problem: Problem) -> str | None:
         return only_l2(problem, cls.name)
 
+    def start(self, point: Iterate | None) -> None:
+        super().start(point)
+        self.begin = time.perf_counter()
+
     def step(self) -> None:
         gate, beta = self.columns.gate, self.problem.beta
-        begin = time.perf_counter()
 
         def objective(u: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
             columns = Columns(gate, u, v)
@@ -67,7 +71,7 @@ class BmLbfgs(BurerMonteiro):
             gtol=1e-12 * beta,
             ftol=0.0,
             history=self.options.history,
-            deadline=None if self.time_limit is None else begin + self.time_limit,
+            deadline=None if self.time_limit is None else self.begin + self.time_limit,
         )
         self.columns, self.intercept = Columns(gate, *found.parts[:2]), found.parts[2]
         self.finished = not found.at_limit

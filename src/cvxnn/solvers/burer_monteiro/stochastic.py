@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -53,6 +53,13 @@ class BmSgd(Descent):
     def start(self, point: Iterate | None) -> None:
         super().start(point)
         self.seed = int(self.rng.randint(2**31))
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"seed": self.seed}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.seed = state["seed"]
 
     def _batches(self) -> DataLoader:
         order = torch.Generator().manual_seed(self.seed + self.iteration)
