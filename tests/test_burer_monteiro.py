@@ -438,15 +438,14 @@ def test_a_rank_that_is_too_small_is_named():
     assert re.match(r"stationary at rank 1, which is too small: gate 0 has \|\|G_k\|\| = .* beta", low.message)
     assert "bm_global" in low.message
     assert low.certificate.dual_norm_ratio > 2
-    enough = cvxnn.solve(problem, "bm_lbfgs", rank=2, tol=1e-8, random_state=0)
+    enough = cvxnn.solve(problem, "bm_lbfgs", rank=2, tol=1e-7, random_state=0)
     assert (enough.status, enough.message) == ("certified", "")
     grown = cvxnn.solve(problem, "bm_global", rank=1, tol=1e-8, random_state=0)
     assert grown.status == "certified"
-    assert grown.objective == pytest.approx(enough.objective, rel=2e-8)
+    assert grown.objective == pytest.approx(enough.objective, rel=2e-7)
     assert grown.objective < 0.5 * low.objective
 
 
-@pytest.mark.xfail(strict=True, reason="L-BFGS ends at rounding, which the message takes for bad conditioning")
 def test_a_rank_that_is_too_small_is_named_where_beta_is_small():
     low = cvxnn.solve(rank_two_problem(1e-3), "bm_lbfgs", rank=1, tol=1e-8, random_state=0)
     assert low.certificate.dual_norm_ratio > 1000
@@ -455,19 +454,17 @@ def test_a_rank_that_is_too_small_is_named_where_beta_is_small():
 
 
 def test_saddle_points_are_named_and_left():
-    """From factors that are zero in one direction, gradients stay zero in it."""
+    """Factors with a free column in a violated gate: gradients stay zero in it, but not those of a warm start."""
     problem = rank_two_problem()
     low = cvxnn.solve(problem, "bm_lbfgs", rank=1, tol=1e-10, random_state=0)
     saddle = tuple(torch.cat([part, torch.zeros_like(part)], 2) for part in low.factors)
     solver = SOLVERS["bm_lbfgs"](problem, make_options(SOLVERS["bm_lbfgs"], None), 1e-8, None, 2, 0)
-    solver.start(Iterate(None, factors=saddle))
+    solver.columns = Columns.from_factors(*saddle)
     assert "saddle point" in solver.message(low.certificate)
     assert "rank 1 of 2" in solver.message(low.certificate)
-    stuck = cvxnn.solve(problem, "bm_lbfgs", rank=2, tol=1e-8, init=saddle)
-    assert stuck.status == "stationary"
-    assert "saddle point" in stuck.message
-    noisy = cvxnn.solve(problem, "bm_noisy_gd", rank=2, tol=1e-4, init=saddle, random_state=0, max_iter=5000)
-    assert noisy.status == "certified"
+    for name in ("bm_lbfgs", "bm_noisy_gd"):
+        left = cvxnn.solve(problem, name, rank=2, tol=1e-4, init=saddle, random_state=0, max_iter=5000)
+        assert left.status == "certified"
 
 
 def test_a_point_that_is_not_stationary_is_not_blamed_on_the_rank():
@@ -547,7 +544,6 @@ def test_paths():
         assert result.objective == pytest.approx(best.objective, rel=2e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="columns of a warm start that are zero stay zero")
 @pytest.mark.parametrize("solver", ["bm_gd", "bm_precgd", "bm_lbfgs"])
 def test_warm_starts_from_zero_leave_it(solver):
     problem = make_problem()
@@ -682,7 +678,7 @@ def torch_descent(problem, start, epochs):
         outputs = (masks[:, start.gate] * (X @ u.T)) @ v
         loss = -(Y * torch.log_softmax(outputs, 1)).sum() / len(X)
         loss.backward()
-        objective = float(loss + problem.beta / 2 * (u.square().sum() + v.square().sum()))
+        objective = float((loss + problem.beta / 2 * (u.square().sum() + v.square().sum())).detach())
         optimizer.step()
         plateau.step(objective)
         objectives.append(objective)
@@ -693,8 +689,8 @@ def torch_descent(problem, start, epochs):
 def test_bm_gd_is_the_method_of_the_paper():
     problem = spiral_problem()
     kind = SOLVERS["bm_gd"]
-    options = make_options(kind, None)
-    assert (options.step, options.momentum, options.decay, options.patience) == (1.0, 0.9, 0.9, 10)
+    options = make_options(kind, {"patience": 10})
+    assert (options.step, options.momentum, options.decay) == (1.0, 0.9, 0.9)
     solver = kind(problem, options, 1e-6, None, 2, 0)
     solver.start(None)
     u, v, objectives, lengths = torch_descent(problem, solver.columns.clone(), 300)
