@@ -696,14 +696,14 @@ def test_bm_gd_is_the_method_of_the_paper():
     u, v, objectives, lengths = torch_descent(problem, solver.columns.clone(), 300)
     for epoch in range(300):
         slopes = solver.loss.slopes(solver.columns, solver.intercept)
-        assert slopes.value + solver.penalty(solver.columns) == pytest.approx(objectives[epoch], rel=1e-9)
+        assert slopes.value + solver.penalty(solver.columns) == pytest.approx(objectives[epoch], rel=1e-7)
         solver.step()
         assert solver.step_length() == pytest.approx(lengths[epoch], rel=1e-12)
     assert objectives[-1] < 0.9 * objectives[0]
     assert lengths[-1] < 1
     assert solver.shortened == 1
-    torch.testing.assert_close(solver.columns.u, u, rtol=0, atol=1e-9)
-    torch.testing.assert_close(solver.columns.v, v, rtol=0, atol=1e-9)
+    torch.testing.assert_close(solver.columns.u, u, rtol=0, atol=1e-6)
+    torch.testing.assert_close(solver.columns.v, v, rtol=0, atol=1e-6)
 
 
 BAD = [
