@@ -113,9 +113,9 @@ def run_local() -> list[dict[str, Any]]:
         {"local": "lbfgs", "eliminate": False, "whiten": False},
     ]
     cases = [
-        ("digits n=400 P=20 beta=3", digits(3.0, 400, 20), 1e-5, 60.0, ways),
-        ("spiral beta=0.01", three_arms(0.01), 1e-6, 30.0, [{"local": "newton"}, *ways]),
-        ("spiral beta=0.0001", three_arms(1e-4), 1e-6, 30.0, [{"local": "newton"}, *ways]),
+        ("digits n=400 P=20 beta=3", digits(3.0, 400, 20), 1e-5, 12.0, ways),
+        ("spiral beta=0.01", three_arms(0.01), 1e-6, 8.0, [{"local": "newton"}, *ways]),
+        ("spiral beta=0.0001", three_arms(1e-4), 1e-6, 8.0, [{"local": "newton"}, *ways]),
     ]
     for label, problem, tol, limit, options in cases:
         for chosen in options:
