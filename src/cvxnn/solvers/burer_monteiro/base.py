@@ -15,7 +15,7 @@ from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
 
-__all__ = ["MAX_DEFAULT_RANK", "BurerMonteiro", "only_l2"]
+__all__ = ["MAX_DEFAULT_RANK", "BurerMonteiro"]
 
 #: ``rank=None`` is min(p, q), at which there are no spurious local minima, or this where that is more.
 MAX_DEFAULT_RANK = 10
@@ -25,19 +25,20 @@ _FILL = 1e-3
 _DEAD = 1e-8
 
 
-def only_l2(problem: Problem, name: str) -> str | None:
-    """What a solver lacks that needs a smooth penalty."""
-    if problem.norm.name == "nuclear":
-        return None
-    pair = f"({problem.norm.left!r}, {problem.norm.right!r})"
-    return f"{name} needs norms=('l2', 'l2'), whose penalty is smooth, not {pair}; use 'bm_gd' or 'frank_wolfe'"
-
-
 class BurerMonteiro(Solver):
     """A solver on the columns (u_j, v_j) of all gates, with the penalty of (14)."""
 
     factored = True
     double: ClassVar[bool] = False
+    #: Whether the method needs the smooth penalty of l2 norms.
+    l2_only: ClassVar[bool] = False
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        if not cls.l2_only or problem.norm.name == "nuclear":
+            return None
+        pair = f"({problem.norm.left!r}, {problem.norm.right!r})"
+        return f"{cls.name} needs norms=('l2', 'l2'), whose penalty is smooth, not {pair}; use 'bm_gd' or 'frank_wolfe'"
 
     def __init__(self, problem: Problem, *arguments: Any) -> None:
         super().__init__(problem, *arguments)

@@ -11,9 +11,8 @@ import torch
 
 from cvxnn.certificates import Certificate
 from cvxnn.columns import Columns
-from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
-from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
+from cvxnn.solvers.burer_monteiro.base import BurerMonteiro
 from cvxnn.solvers.burer_monteiro.descent import QuasiNewton
 from cvxnn.solvers.burer_monteiro.eliminated import Eliminated
 from cvxnn.solvers.burer_monteiro.escape import new_columns, proximal_step, violations
@@ -90,14 +89,11 @@ class BmGlobal(BurerMonteiro):
     """
 
     name = "bm_global"
+    l2_only = True
     Options = GlobalOptions
     default_max_iter: ClassVar[int] = 2_000
     check_every: ClassVar[int] = 1
     double = True
-
-    @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        return only_l2(problem, cls.name)
 
     def start(self, point: Iterate | None) -> None:
         self.begin = time.perf_counter()

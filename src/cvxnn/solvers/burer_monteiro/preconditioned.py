@@ -9,9 +9,8 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
-from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
-from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
+from cvxnn.solvers.burer_monteiro.base import BurerMonteiro
 from cvxnn.validation import check_positive
 
 __all__ = ["BmPrecGd"]
@@ -54,12 +53,9 @@ class BmPrecGd(BurerMonteiro):
     """
 
     name = "bm_precgd"
+    l2_only = True
     Options = PreconditionedOptions
     default_max_iter: ClassVar[int] = 20_000
-
-    @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        return only_l2(problem, cls.name)
 
     def start(self, point: Iterate | None) -> None:
         super().start(point)

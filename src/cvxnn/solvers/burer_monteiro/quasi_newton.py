@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from cvxnn.columns import Columns
-from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
-from cvxnn.solvers.burer_monteiro.base import BurerMonteiro, only_l2
+from cvxnn.solvers.burer_monteiro.base import BurerMonteiro
 from cvxnn.solvers.lbfgs import minimise
 from cvxnn.validation import check_integer
 
@@ -42,14 +41,11 @@ class BmLbfgs(BurerMonteiro):
     """L-BFGS on U, V and the intercept together (always in float64); one iteration is `inner_iter` of L-BFGS."""
 
     name = "bm_lbfgs"
+    l2_only = True
     Options = LbfgsOptions
     default_max_iter: ClassVar[int] = 500
     check_every: ClassVar[int] = 1
     double = True
-
-    @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        return only_l2(problem, cls.name)
 
     def start(self, point: Iterate | None) -> None:
         super().start(point)
