@@ -1,6 +1,7 @@
 """Two-layer neural networks trained through their convex formulations, with a certificate of optimality."""
 
 from cvxnn._version import __version__
+from cvxnn.audit import NetworkReport, Witness, certify_network
 from cvxnn.certificates import Certificate, certify
 from cvxnn.diagnosis import Diagnosis, diagnose
 from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
@@ -17,10 +18,13 @@ __all__ = [
     "ConvexMLPRegressor",
     "ConvexMLPRegressorCV",
     "Diagnosis",
+    "NetworkReport",
     "Problem",
     "Result",
+    "Witness",
     "__version__",
     "certify",
+    "certify_network",
     "diagnose",
     "export_onnx",
     "load",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from cvxnn.dual_norms import Neurons, price_cones
+from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
 
-__all__ = ["DualBound", "dual_bound", "intercept_leak"]
+__all__ = ["DualBound", "dual_bound", "dual_bound_from", "intercept_leak", "worst_neuron"]
 
 _EPS = 2.0**-53
 #: More than what underflow can take from a dual norm, and the smallest scale whose rounding is still relative.
@@ -44,14 +47,37 @@ def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
     -----
     The blocks of A*(nu) are formed a few gates at a time (:meth:`Operator.gate_batches`) and not kept.
     """
-    op = problem.operator.double()
     nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
+    error, leak_size = _adjoint_error(problem, nu)
+    lower, upper = problem.dual_norms(nu, error)
+    bound = _best_multiple(problem, nu, float(upper.max()), leak_size)
+    return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent))
+
+
+def dual_bound_from(problem: Problem, nu: torch.Tensor, dual_norm: Callable[[torch.Tensor, float], float]) -> float:
+    """Lower bound -F*(s nu) as in :func:`dual_bound`, with another upper bound of the dual norm.
+
+    Parameters
+    ----------
+    dual_norm : callable
+        Gets nu, scaled by a power of two, and a bound on the Frobenius norm of an error of each block; returns
+        an upper bound of q for all blocks within it. The bound then holds for whatever q was a maximum over.
+    """
+    nu, _ = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
+    error, leak_size = _adjoint_error(problem, nu)
+    return _best_multiple(problem, nu, dual_norm(nu, error), leak_size)
+
+
+def _adjoint_error(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:
+    """Bound of the error in each block of A*(nu), and what an intercept costs per unit of scale."""
     leak_error, leak_size = intercept_leak(problem, nu)
-    rounding = op.adjoint_rounding(nu) + leak_error
-    error = math.inf if math.isnan(rounding) else rounding
-    batches = [problem.norm.dual(op.adjoint_blocks(nu, gates), error) for gates in op.gate_batches()]
-    lower, upper = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    q = float(upper.max()) + _UNDERFLOW
+    error = problem.operator.double().adjoint_rounding(nu) + leak_error
+    return math.inf if math.isnan(error) else error, leak_size
+
+
+def _best_multiple(problem: Problem, nu: torch.Tensor, dual_norm: float, leak_size: float) -> float:
+    """The best -F*(s nu) with s * dual_norm <= beta, rounding subtracted; at least the infimum of F."""
+    q = dual_norm + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
     s_max = problem.beta / q * (1 - 8 * _EPS)
     scale = problem.loss.dual_scale(nu, Y, w, s_max) if s_max >= _SMALLEST_SCALE else 0.0
@@ -65,7 +91,27 @@ def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
         allowance += scale * leak_size
         if math.isfinite(conjugate):
             bound = max(bound, -conjugate - allowance)
-    return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent))
+    return bound
+
+
+def worst_neuron(problem: Problem, nu: torch.Tensor) -> Neurons:
+    """The neuron of a ReLU problem along which the loss falls fastest, a list of one.
+
+    Parameters
+    ----------
+    nu : torch.Tensor of shape (n, c), float64
+        Gradient of the loss, as from :meth:`Problem.dual_candidate`.
+
+    Raises
+    ------
+    InvalidInputError
+        The problem has no cones.
+    """
+    if problem.cones is None:
+        raise InvalidInputError(f"problem has activation {problem.activation!r}; 'relu' is wanted")
+    op = problem.operator.double()
+    neurons = price_cones(op, problem.norm, problem.cones, nu, op.adjoint_rounding(nu)).neurons
+    return neurons[neurons.lower.argmax().unsqueeze(0)]
 
 
 def intercept_leak(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:

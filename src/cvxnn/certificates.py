@@ -11,6 +11,7 @@ import torch
 
 from cvxnn.bounds import DualBound, dual_bound
 from cvxnn.columns import Columns
+from cvxnn.cones import FEASIBILITY
 from cvxnn.errors import InvalidInputError
 from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
@@ -28,12 +29,15 @@ __all__ = [
 STATIONARITY_TOLERANCE = 1e-6
 #: Relative gaps below this are indistinguishable from zero in float64.
 AT_ROUNDING = 1e-12
+_MOST_RATIOS = 10_000
 
 _SCOPES = {
     "linear_network": "all two-layer linear networks",
     "given_gates": "all networks with the given gates",
     "sampled_gates": "all networks with the sampled gates",
     "all_gates": "all networks with gates from every open cell of the arrangement of the data",
+    "network_gates": "all networks with the activation patterns of this network",
+    "relu_network": "all two-layer ReLU networks",
 }
 
 
@@ -62,7 +66,10 @@ class Certificate:
     stationarity : float
         Relative residual of the stationarity conditions (68), (69).
     gate_ratios : tuple of float
-        Upper bounds of ||G_k||_D* / beta, one per gate.
+        Upper bounds of ||G_k||_D* / beta, one per gate; left out where there are more than 10,000 gates.
+    infeasibility : float
+        For ReLU the largest violation of a cone, relative to the norms of the row and of the column; where it is
+        above 1e-10 the point is none of a problem with a sample of gates, and its gap there is infinite.
     """
 
     primal: float
@@ -77,6 +84,7 @@ class Certificate:
     beta: float
     stationarity: float
     gate_ratios: tuple[float, ...] = dataclasses.field(repr=False, default=())
+    infeasibility: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON; infinities become None."""
@@ -103,7 +111,9 @@ class Certificate:
             f"relative gap   {self.relative_gap:.2e}" + ("  (at rounding)" if self.at_rounding else ""),
             f"scope          {self.scope}",
         ]
-        if self.relative_gap == math.inf:
+        if self.infeasibility > FEASIBILITY and self.relative_gap == math.inf:
+            verdict = f"Columns leave their cones by {self.infeasibility:.1e}: no point of this problem."
+        elif self.relative_gap == math.inf:
             verdict = "Nothing is proven about this point: the lower bound is zero."
         elif self.at_rounding:
             verdict = f"This is a global optimum among {among}, up to rounding."
@@ -134,7 +144,11 @@ def relative_gap(primal: float, lower: float) -> float:
 
 
 def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -> float:
-    """Relative residual of (68), (69); for other norms, of their inner product with the columns."""
+    """Relative residual of (68), (69); for other norms, of their inner product with the columns.
+
+    For ReLU that of u_j = Proj_k(-G_k v_j / beta), which is (72): G_k v_j + beta u_j = K_k^T mu_j with mu_j >= 0
+    and mu_j^T K_k u_j = 0.
+    """
     beta = problem.beta
     left, right = problem.operator.double().adjoint_columns(columns, nu)
     if problem.norm.name != "nuclear":
@@ -144,7 +158,11 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
     size = float(columns.u.square().sum() + columns.v.square().sum())
     if size == 0:
         return 0.0
-    left, right = left + beta * columns.u, right + beta * columns.v
+    right = right + beta * columns.v
+    if problem.cones is None:
+        left = left + beta * columns.u
+    else:
+        left = beta * (columns.u - problem.cones.project(columns.gate, -left / beta).point)
     return math.sqrt(float(left.square().sum() + right.square().sum()) / size) / beta
 
 
@@ -169,7 +187,7 @@ def certify(
     ----------
     problem : Problem
     Z : array-like of shape (P, p, q)
-        Blocks; or give `factors`.
+        Blocks; or give `factors`. ReLU points are certified from their factors.
     factors : pair (U, V), shapes (P, p, m) and (P, q, m)
         Burer-Monteiro factors; the primal value is then that of (14).
     intercept : array-like of shape (c,), optional
@@ -196,10 +214,11 @@ def certify(
         lower = max(lower, dual_bound(problem, candidate).lower_bound)
     stationarity = _stationarity(problem, point, nu)
     ratios = natural.norms_upper / problem.beta
+    gap = relative_gap(point.primal, lower)
     return Certificate(
         primal=point.primal,
         lower_bound=lower,
-        relative_gap=relative_gap(point.primal, lower),
+        relative_gap=gap if point.is_feasible(problem) else math.inf,
         dual_norm_ratio=float(ratios.max()),
         dual_norm_ratio_lower=float(natural.norms_lower.max()) / problem.beta,
         theorem_bound=_theorem_bound(problem, point, natural, nu, stationarity),
@@ -208,7 +227,8 @@ def certify(
         penalty=point.penalty,
         beta=problem.beta,
         stationarity=stationarity,
-        gate_ratios=tuple(ratios.tolist()),
+        gate_ratios=tuple(ratios.tolist()) if len(ratios) <= _MOST_RATIOS else (),
+        infeasibility=point.infeasibility,
     )
 
 
@@ -224,20 +244,35 @@ class Evaluation:
     loss: float
     penalty: float
     primal: float
+    infeasibility: float = 0.0
+
+    def is_feasible(self, problem: Problem) -> bool:
+        """Whether this is a point of the problem: any network is, where all neurons are allowed."""
+        return self.infeasibility <= FEASIBILITY or problem.scope == "relu_network"
 
 
 def evaluate(
     problem: Problem, Z: Any = None, *, factors: tuple[Any, Any] | None = None, intercept: Any = None
 ) -> Evaluation:
-    """Objective of a point in float64; parameters and errors as for :func:`certify`."""
+    """Objective of a point in float64; parameters and errors as for :func:`certify`.
+
+    For ReLU it is that of the true network, with the activations (X u)_+.
+    """
     if (Z is None) == (factors is None):
         raise InvalidInputError("exactly one of Z and factors is wanted")
     op = problem.operator.double()
     blocks = pair = None
+    infeasibility = 0.0
     if factors is not None:
         pair = _check_factors(problem, factors)
-        outputs = op.apply_factors(*pair)
+        columns = Columns.from_factors(*pair)
+        outputs = op.network_outputs(columns)
+        if problem.cones is not None:
+            used = columns.without_zeros()
+            infeasibility = float(problem.cones.violation(used.gate, used.u).max()) if len(used) else 0.0
         penalty = float(_column_penalties(problem, pair[0].mT, pair[1].mT).sum())
+    elif problem.cones is not None:
+        raise InvalidInputError("Z is given for a ReLU problem; factors=(U, V), whose columns are in cones, are wanted")
     else:
         blocks = _tensor(problem, Z, "Z")
         if tuple(blocks.shape) != op.block_shape:
@@ -263,6 +298,7 @@ def evaluate(
         loss=loss,
         penalty=penalty,
         primal=loss + problem.beta * penalty,
+        infeasibility=infeasibility,
     )
 
 
@@ -282,10 +318,11 @@ def _check_factors(problem: Problem, factors: tuple[Any, Any]) -> tuple[torch.Te
 
 def _stationarity(problem: Problem, point: Evaluation, nu: torch.Tensor) -> float:
     """Relative residual of the stationarity conditions, that of the intercept included."""
-    if not math.isfinite(point.primal):
+    if not math.isfinite(point.primal) or point.infeasibility > FEASIBILITY:
         return math.inf
     if point.factors is not None:
-        residual = _factor_stationarity(problem, Columns.from_factors(*point.factors), nu)
+        columns = Columns.from_factors(*point.factors)
+        residual = _factor_stationarity(problem, columns if problem.cones is None else columns.without_zeros(), nu)
     elif point.penalty == 0 or point.Z is None:
         residual = 0.0
     elif problem.norm.name == "nuclear":

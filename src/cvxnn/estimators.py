@@ -163,7 +163,9 @@ class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
 
     Parameters
     ----------
-    activation : {"gated_relu", "linear"}
+    activation : {"gated_relu", "linear", "relu"}
+        For "relu" each neuron stays in the cone of its gate: a plain ReLU network, certified among all networks
+        with the activation patterns of the gates (with ``gates="enumerate"`` among all ReLU networks).
     n_gates : int
         Number of gates drawn; equal ones are merged.
     rank : int or None

@@ -15,7 +15,9 @@ __all__ = ["TwoLayerNetwork", "balanced_factors", "build_network", "padded_facto
 
 
 class TwoLayerNetwork(nn.Module):
-    """x -> sum_j 1{g_k(j) . x >= 0} (x . u_j) v_j^T + b, or without gates for the linear network.
+    """x -> sum_j 1{g_k(j) . x >= 0} (x . u_j) v_j^T + b, or without gates for the linear and the ReLU network.
+
+    The ReLU network is x -> sum_j (x . u_j)_+ v_j^T + b.
 
     Parameters
     ----------
@@ -32,6 +34,8 @@ class TwoLayerNetwork(nn.Module):
     sample_dtype : torch.dtype, optional
         Type of the samples in training, by default that of `hidden`. Samples are rounded to it before their
         gates are computed in float64, whatever type the module is converted to later.
+    relu : bool
+        Whether the activations are (x . u_j)_+; there are then no gates.
     """
 
     gates: torch.Tensor | None
@@ -46,8 +50,10 @@ class TwoLayerNetwork(nn.Module):
         gate_index: torch.Tensor | None = None,
         hidden_bias: bool = False,
         sample_dtype: torch.dtype | None = None,
+        relu: bool = False,
     ) -> None:
         super().__init__()
+        self.relu = relu
         self.hidden = nn.Parameter(hidden.contiguous())
         self.output = nn.Parameter(output.contiguous())
         self.bias = nn.Parameter(bias)
@@ -70,6 +76,8 @@ class TwoLayerNetwork(nn.Module):
         if self.hidden_bias:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         hidden = x.to(self.hidden.dtype) @ self.hidden
+        if self.relu:
+            hidden = torch.relu(hidden)
         if self.gates is not None:
             active = (x.to(self.sample_dtype).to(torch.float64) @ self.gates) >= 0
             hidden = hidden * active.to(hidden.dtype)[:, self.gate_index]
@@ -184,7 +192,8 @@ def build_network(
     else:
         raise InvalidInputError("Z and factors are None; one of them is wanted")
     dtype = problem.dtype if dtype is None else dtype
-    gates = problem.gates
+    relu = problem.activation == "relu"
+    gates = None if relu else problem.gates
     return TwoLayerNetwork(
         U.to(dtype),
         V.T.to(dtype),
@@ -193,4 +202,5 @@ def build_network(
         None if gates is None else index,
         problem.hidden_bias,
         problem.dtype,
+        relu,
     )

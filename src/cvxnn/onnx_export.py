@@ -152,6 +152,8 @@ def _add_network(graph: _Graph, network: TwoLayerNetwork) -> None:
         one = graph.constant("one", torch.ones((), dtype=dtype))
         samples = graph.node("Pad", ["x", graph.constant("padding", [0, 0, 0, 1]), one], "samples")
     hidden = graph.node("MatMul", [samples, graph.constant("hidden_weights", network.hidden)], "hidden")
+    if network.relu:
+        hidden = graph.node("Relu", [hidden], "activations")
     if network.gates is not None:
         hidden = graph.node("Mul", [hidden, _add_gates(graph, network, samples)], "gated")
     outputs = graph.node("MatMul", [hidden, graph.constant("output_weights", network.output)], "outputs")

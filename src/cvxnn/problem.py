@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.cones import Cones
+from cvxnn.dual_norms import gate_dual_norms
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Loss, get_loss
 from cvxnn.norms import MatrixNorm, get_norm
@@ -33,7 +35,9 @@ from cvxnn.validation import (
     resolve_dtype,
 )
 
-__all__ = ["GATE_SAMPLING", "Problem", "mlp_problem"]
+__all__ = ["ACTIVATIONS", "GATE_SAMPLING", "Problem", "mlp_problem"]
+
+ACTIVATIONS = ("linear", "gated_relu", "relu")
 
 GATE_SAMPLING = ("gaussian", "differences", "whitened")
 
@@ -132,6 +136,13 @@ class Problem:
         return self.operator.device
 
     @cached_property
+    def cones(self) -> Cones | None:
+        """The cones {u : (2 D_k - I) X u >= 0} of the columns of a ReLU problem (19); None for the others."""
+        if self.activation != "relu":
+            return None
+        return Cones(self.operator.double().data_tensors()[0], self.patterns, self.gates)
+
+    @cached_property
     def Y64(self) -> torch.Tensor:
         """The targets in float64."""
         return self.Y.double()
@@ -141,6 +152,19 @@ class Problem:
         other = copy.copy(self)
         other.beta = check_positive(beta, "beta")
         return other
+
+    def with_scope(self, scope: str) -> Problem:
+        """The same problem; its certificates name another scope, which must be no wider than what is proven."""
+        other = copy.copy(self)
+        other.scope = scope
+        return other
+
+    def dual_norms(self, nu: torch.Tensor, error: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rigorous bounds (P,) of the dual norm of each block of A*(nu), known up to a Frobenius error.
+
+        For ReLU the norms are maxima over the cones, and only the largest upper bound is made tight.
+        """
+        return gate_dual_norms(self.operator.double(), self.norm, self.cones, nu, error)
 
     @cached_property
     def beta_max(self) -> float:
@@ -153,8 +177,7 @@ class Problem:
         if self.output_bias:
             predictions = predictions + self.loss.best_intercept(predictions, self.Y64, self.weights)
         nu = self.dual_candidate(predictions)
-        _, upper = self.norm.dual(op.adjoint(nu), op.adjoint_rounding(nu))
-        return float(upper.max())
+        return float(self.dual_norms(nu, op.adjoint_rounding(nu))[1].max())
 
     def dual_candidate(self, predictions: torch.Tensor) -> torch.Tensor:
         """The loss gradient at float64 predictions, made feasible for the unpenalised intercept."""
@@ -168,7 +191,15 @@ class Problem:
         return self.loss.best_intercept(predictions, self.Y64, self.weights, start=start)
 
     def objective(self, Z: torch.Tensor, intercept: torch.Tensor | None = None) -> float:
-        """F(A(Z) + 1 b^T) + beta * Omega(Z) in float64; the best b where none is given."""
+        """F(A(Z) + 1 b^T) + beta * Omega(Z) in float64; the best b where none is given.
+
+        Raises
+        ------
+        UnsupportedError
+            For ReLU, whose Omega is known from factors only (:func:`cvxnn.certify`).
+        """
+        if self.cones is not None:
+            raise UnsupportedError("the penalty of a ReLU problem is that of its factors, not of Z; use cvxnn.certify")
         Z = torch.as_tensor(Z, dtype=torch.float64, device=self.device)
         predictions = self.operator.double().apply(Z)
         if intercept is None:
@@ -255,7 +286,7 @@ def mlp_problem(
     dtype: Any = "float64",
     device: Any = "cpu",
 ) -> Problem:
-    """The training problem of a two-layer perceptron in convex form (equations (2) and (5)).
+    """The training problem of a two-layer perceptron in convex form (equations (2), (3) and (5)).
 
     Parameters
     ----------
@@ -265,11 +296,13 @@ def mlp_problem(
     Y : array-like of shape (n,) or (n, c)
         1-D integers or strings are class labels (one-hot, one column per class); 1-D floats are one
         regression output; 2-D is taken as it is.
-    activation : {"linear", "gated_relu"}
-        "linear" has one block and no gates.
+    activation : {"linear", "gated_relu", "relu"}
+        "linear" has one block and no gates. With "relu" the columns of U_k are constrained to the cone
+        (2 D_k - I) X u >= 0 (19), and solutions are plain ReLU networks.
     gates : array-like of shape (d, P), "enumerate" or None
         Gate vectors, kept in order and number; "enumerate" takes one for every open cell of the
-        arrangement (small rank only); None draws `n_gates`. With `hidden_bias` a gate has d + 1 entries.
+        arrangement (small rank only), for ReLU all that its neurons can have; None draws `n_gates`. With
+        `hidden_bias` a gate has d + 1 entries.
     n_gates : int
         Number of draws; equal patterns are merged and patterns without an active sample dropped.
     beta : float
@@ -283,7 +316,7 @@ def mlp_problem(
     output_bias : bool
         An intercept per output, unpenalised and minimised out.
     norms : pair of {"l1", "l2", "linf"}
-        Norm of the columns of the left factor, and of the right factor (Lemma 3.1).
+        Norm of the columns of the left factor, and of the right factor (Lemma 3.1); l2 with l2 for ReLU.
     sample_weight : array-like of shape (n,), optional
         Non-negative weights; with "mean" the losses are divided by their sum.
     gate_sampling : {"gaussian", "differences", "whitened"}
@@ -309,7 +342,7 @@ def mlp_problem(
     InvalidInputError
         Wrong shapes or values, NaN or infinities, only one class.
     UnsupportedError
-        Too many cells to enumerate, or an activation that is not available.
+        Too many cells to enumerate, or norms that ReLU is not available for.
 
     Examples
     --------
@@ -320,15 +353,13 @@ def mlp_problem(
     >>> cvxnn.solve(problem, tol=1e-4).status
     'certified'
     """
-    if activation == "relu":
-        raise UnsupportedError(
-            "activation is 'relu', which this version cannot train; 'linear' or 'gated_relu' is wanted"
-        )
-    check_choice(activation, "activation", ("linear", "gated_relu"))
+    check_choice(activation, "activation", ACTIVATIONS)
     check_choice(reduction, "reduction", ("mean", "sum"))
     hidden_bias, output_bias = check_flag(hidden_bias, "hidden_bias"), check_flag(output_bias, "output_bias")
     beta = check_positive(beta, "beta")
     loss_object, norm = get_loss(loss), get_norm(norms)
+    if activation == "relu" and norm.name != "nuclear":
+        raise UnsupportedError(f"norms is {tuple(norms)!r}; ReLU problems are there for ('l2', 'l2') only")
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
 
     data = as_matrix(X, "X")
@@ -346,7 +377,7 @@ def mlp_problem(
 
     gate_vectors = pattern_tensor = None
     scope = "linear_network"
-    if activation == "gated_relu":
+    if activation != "linear":
         gate_vectors, bits, scope = _choose_gates(
             tensor.double().numpy(),
             gates,
@@ -358,11 +389,14 @@ def mlp_problem(
             random_state,
         )
         pattern_tensor = torch.from_numpy(bits).to(torch_device)
+        if activation == "relu" and scope == "all_gates":
+            # By continuity the patterns of the boundaries of cells add nothing: these are all neurons.
+            scope = "relu_network"
     elif gates is not None:
         raise InvalidInputError("gates are given but activation is 'linear', which has none; leave gates=None")
 
     total = sample_weights.sum() if reduction == "mean" else 1.0
-    operator = MLPOperator(tensor.to(torch_device), targets.shape[1], gate_vectors, pattern_tensor)
+    operator = MLPOperator(tensor.to(torch_device), targets.shape[1], gate_vectors, pattern_tensor, activation)
     return Problem(
         operator,
         Y_tensor.to(torch_device),

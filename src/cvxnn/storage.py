@@ -144,7 +144,7 @@ def _pack_network(network: TwoLayerNetwork, arrays: dict[str, np.ndarray]) -> di
     if sample_dtype not in _DTYPES:
         raise InvalidInputError(f"model has a network with sample_dtype {sample_dtype}; float32 or float64 is wanted")
     arrays.update({f"network.{name}": tensor.numpy() for name, tensor in weights.items()})
-    return {"hidden_bias": bool(network.hidden_bias), "sample_dtype": sample_dtype}
+    return {"hidden_bias": bool(network.hidden_bias), "sample_dtype": sample_dtype, "relu": bool(network.relu)}
 
 
 def _unpack_network(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> TwoLayerNetwork:
@@ -164,6 +164,7 @@ def _unpack_network(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Tw
         weights.get("gate_index"),
         hidden_bias=_field(fields, "hidden_bias", bool),
         sample_dtype=_DTYPES[sample_dtype],
+        relu="relu" in fields and _field(fields, "relu", bool),
     )
 
 
@@ -326,6 +327,7 @@ _CERTIFICATE_TYPES: dict[str, tuple[type, ...]] = {
 def _unpack_certificate(fields: Any) -> Certificate:
     if not isinstance(fields, dict):
         raise ValueError("its certificate is no dictionary")
+    fields = {"infeasibility": 0.0} | fields
     for field in dataclasses.fields(Certificate):
         if field.type in _CERTIFICATE_TYPES:
             _field(fields, field.name, _CERTIFICATE_TYPES[str(field.type)])

@@ -10,7 +10,9 @@ from sklearn.base import is_classifier
 
 from cvxnn import certificates
 from cvxnn._version import __version__
+from cvxnn.audit import certify_network
 from cvxnn.certificates import Certificate
+from cvxnn.cli.certify_weights import WeightsRequest, certify_weights
 from cvxnn.cli.data import (
     DataError,
     Source,
@@ -23,8 +25,9 @@ from cvxnn.cli.data import (
     target_values,
     unknown_category_notes,
 )
-from cvxnn.cli.options import Data, Json, Model, Target
+from cvxnn.cli.options import Data, Json, Target
 from cvxnn.cli.report import NOT_CERTIFIED, Report
+from cvxnn.cli.weights import holds_foreign_weights
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.networks import padded_factors
 from cvxnn.problem import mlp_problem
@@ -34,6 +37,11 @@ from cvxnn.validation import check_choice, check_positive
 
 __all__ = ["certify"]
 
+_MODEL_HELP = (
+    "A model.safetensors that 'cvxnn fit' wrote, or the weights of a two-layer network: safetensors, a torch state "
+    "dict (.pt, .pth) or .npz."
+)
+_TASK_HELP = "For weights: 'classification' or 'regression'; by default as for 'cvxnn fit'."
 _PARTS = ("train", "test", "all")
 _ROWS_HELP = (
     "'train', 'test' or 'all' rows of DATA; by default the training rows where DATA is the table that 'cvxnn fit' "
@@ -42,7 +50,7 @@ _ROWS_HELP = (
 
 
 def certify(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)],
     data: Data,
     target: Target = None,
     beta: Annotated[float | None, typer.Option(help="Regularisation.", show_default="that of the model")] = None,
@@ -55,9 +63,49 @@ def certify(
     tol: Annotated[
         float | None, typer.Option(help="Relative gap for exit status 0.", show_default="that of the model")
     ] = None,
+    task: Annotated[str | None, typer.Option(help=_TASK_HELP, show_default=False)] = None,
+    penalize_biases: Annotated[
+        bool, typer.Option("--penalize-biases", help="For weights: the biases had weight decay too.")
+    ] = False,
+    standardise: Annotated[
+        bool,
+        typer.Option("--standardise", help="For weights: standardise and encode the features as 'cvxnn fit' does."),
+    ] = False,
+    gates: Annotated[
+        str | None, typer.Option(help="For weights: a number of gates to draw, or 'enumerate' for all patterns.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="For ReLU networks and weights: seconds for the search of better bounds.")
+    ] = 10.0,
     as_json: Json = False,
 ) -> int:
-    """Say how far a trained MODEL can be from the global optimum of the training problem on DATA."""
+    """Say how far a trained MODEL can be from the global optimum of the training problem on DATA.
+
+    MODEL is a model of 'cvxnn fit', or the weights of a two-layer network that was trained elsewhere; these need
+    --beta, the weight decay. Nothing in a file is executed.
+    """
+    if holds_foreign_weights(model):
+        if rows is not None:
+            raise InvalidInputError("--rows is for models of 'cvxnn fit'; weights are certified on all rows of DATA")
+        request = WeightsRequest(
+            beta=beta,
+            loss=loss,
+            reduction=reduction,
+            activation=activation,
+            task=task,
+            penalize_biases=penalize_biases,
+            standardise=standardise,
+            gates=gates,
+            time_limit=time_limit,
+            tol=tol,
+        )
+        return certify_weights(model, data, target, request, as_json)
+    for name, given in (("--task", task), ("--gates", gates)):
+        if given is not None:
+            raise InvalidInputError(f"{name} is for weights; the model remembers it")
+    for name, flag in (("--penalize-biases", penalize_biases), ("--standardise", standardise)):
+        if flag:
+            raise InvalidInputError(f"{name} is for weights; the model remembers how it was trained")
     trained = load_model(model)
     if activation is not None and activation != trained.activation:
         raise UnsupportedError(f"--activation is {activation!r}, but the model is {trained.activation!r}")
@@ -70,9 +118,23 @@ def certify(
     Y = _target_matrix(trained, source.frame[column])
     chosen, part = _choose_rows(trained, source, column, rows)
     X, Y = X[chosen], Y[chosen]
-    certificate = certify_model(trained, X, Y, beta=beta, loss=loss or trained.loss, reduction=reduction)
+    network_report = None
+    if trained.activation == "relu":
+        network_report = certify_network(
+            trained.network_,
+            X,
+            Y,
+            beta=beta,
+            loss=loss or trained.loss,
+            reduction=reduction,
+            time_limit=time_limit,
+            tol=tol,
+        )
+        certificate = network_report.certificate
+    else:
+        certificate = certify_model(trained, X, Y, beta=beta, loss=loss or trained.loss, reduction=reduction)
     certified = certificate.relative_gap <= tol
-    document = {
+    document: dict[str, Any] = {
         "command": "certify",
         "version": __version__,
         "model": model,
@@ -85,6 +147,8 @@ def certify(
         "certified": certified,
         "certificate": certificate.to_dict(),
     }
+    if network_report is not None:
+        document["report"] = network_report.to_dict()
     report = Report(as_json)
     for note in unknown_category_notes(trained, source.frame):
         report.say(note)
@@ -96,7 +160,7 @@ def certify(
         ]
     )
     report.say()
-    report.say(certificate.summary())
+    report.say(certificate.summary() if network_report is None else network_report.summary())
     if not certified:
         report.warn(f"not certified to tol={tol:g}: the relative duality gap is {certificate.relative_gap:.1e}")
     report.finish(document)

@@ -41,7 +41,7 @@ def fit(
     ] = None,
     test_size: Annotated[float, typer.Option(help="Fraction of the rows held out for testing; 0 for none.")] = 0.2,
     as_json: Json = False,
-    activation: Annotated[str, typer.Option(help="gated_relu or linear.")] = "gated_relu",
+    activation: Annotated[str, typer.Option(help="gated_relu, relu or linear.")] = "gated_relu",
     n_gates: Annotated[int, typer.Option(help="Number of gates drawn.")] = 100,
     rank: Annotated[int | None, typer.Option(help="Neurons per gate, for Burer-Monteiro solvers.")] = None,
     beta: Annotated[str, typer.Option(help="Regularisation; 'auto' chooses it by cross-validation.")] = "1e-3",

@@ -27,8 +27,9 @@ def draw_pictures(
     result = model.result_
     written = [
         plotting.plot_gap(result.trace, folder / "gap.png", tol=model.tol),
-        plotting.plot_gates(model.certificate_, folder / "gates.png"),
     ]
+    if model.certificate_.gate_ratios:
+        written.append(plotting.plot_gates(model.certificate_, folder / "gates.png"))
     rows, part = (test, "test samples") if len(test) else (train, "training samples")
     names = [path.name for path in written]
     name = "confusion.png" if is_classifier(model) else "residuals.png"

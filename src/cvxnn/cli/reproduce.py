@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,23 +19,44 @@ from cvxnn._version import __version__
 from cvxnn.cli.options import Json, folder
 from cvxnn.cli.report import INTERRUPTED, NOT_CERTIFIED, Report, check_folder, output_folder, print_error, write_json
 from cvxnn.errors import InvalidInputError
+from cvxnn.experiments.complexity import COMPLEXITY_SCALES, run_complexity
+from cvxnn.experiments.complexity_report import complexity_summary, write_complexity_report
 from cvxnn.experiments.report import summary_of, write_report
-from cvxnn.experiments.spiral import SCALES, SpiralGrid, run_spiral
+from cvxnn.experiments.spiral import SCALES, run_spiral
 from cvxnn.experiments.sweep import backend_context
 from cvxnn.validation import check_choice
 
 __all__ = ["STUDIES", "reproduce"]
 
-STUDIES = ("spiral",)
+STUDIES = ("spiral", "complexity")
 _BACKEND_HELP = "Backend of joblib: loky, multiprocessing, threading, or dask or ray where they are installed."
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Study:
+    """A study: its grids, how it is run, and what is written and said of the rows.
+
+    `summary` gives what goes into the document, with "claims" (name, verdict, found); `missed` what, if anything, is
+    not certified; `say` prints what belongs to this study alone.
+    """
+
+    scales: dict[str, Any]
+    run: Callable[..., Rows]
+    write: Callable[[Rows, Any, Path], list[str]]
+    summary: Callable[[Rows], dict[str, Any]]
+    missed: Callable[[dict[str, Any], Any], str]
+    say: Callable[[Report, dict[str, Any]], None]
+    cells: str
 
 
 def reproduce(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help=f"One of: {', '.join(STUDIES)}.", show_default=False)],
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="One of: spiral, complexity.", show_default=False)],
     scale: Annotated[str, typer.Option(help="quick (at most two minutes on two cores) or paper.")] = "quick",
     data_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of data sets, for studies that need one; the spiral is generated."),
+        typer.Option(metavar="DIR", help="Folder of data sets, for studies that need one; these two generate theirs."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -42,64 +65,83 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume", help="Take the finished cells from DIR/cells.")] = False,
     jobs: Annotated[int, typer.Option(help="Cells computed at the same time; -1: one per core.")] = -1,
     backend: Annotated[str, typer.Option(help=_BACKEND_HELP)] = "loky",
-    reduction: Annotated[str, typer.Option(help="sum or mean of the losses; beta is not rescaled.")] = "sum",
+    reduction: Annotated[
+        str | None, typer.Option(help="Spiral: sum (default) or mean of the losses; beta is not rescaled.")
+    ] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
 ) -> int:
     """Repeat a study of the paper: every run as CSV, its figures, and a page of its claims beside what was found."""
     check_choice(study, "STUDY", STUDIES)
-    check_choice(scale, "scale", tuple(SCALES))
+    chosen = _studies()[study]
+    check_choice(scale, "scale", tuple(chosen.scales))
     if data_dir is not None and not data_dir.is_dir():
         raise InvalidInputError(f"--data-dir is {str(data_dir)!r}, which is no folder; a folder is wanted")
+    if reduction is not None and study != "spiral":
+        raise InvalidInputError(f"--reduction is {reduction!r}, but STUDY is {study!r}; it is for 'spiral' only")
     target = Path("results") / study if out is None else out
     check_folder(target)
     with backend_context(backend, jobs):  # refused before anything is written
         pass
-    grid = dataclasses.replace(SCALES[scale], reduction=reduction)
+    grid = chosen.scales[scale]
+    grid = grid if reduction is None else dataclasses.replace(grid, reduction=reduction)
     report = Report(as_json, quiet=quiet)
     begin = time.perf_counter()
     bar = _Bar(len(grid.cells()), study, hidden=quiet or (as_json and not sys.stderr.isatty()))
     try:
         with bar:
-            rows = run_spiral(grid, target / "cells", resume=resume, jobs=jobs, backend=backend, done=bar.advance)
+            rows = chosen.run(grid, target / "cells", resume=resume, jobs=jobs, backend=backend, done=bar.advance)
     except KeyboardInterrupt:
         message = f"interrupted with {bar.n_done} of {bar.total} cells done; --resume goes on from there"
         return print_error(message, INTERRUPTED, as_json)
-    document = _document(study, scale, grid, rows)
-    document |= {"n_cells": bar.total, "n_resumed": bar.n_resumed, "seconds": time.perf_counter() - begin}
-    with output_folder(target) as temporary:
-        names = [*write_report(rows, grid, temporary), "metrics.json"]
-        document["files"] = names
-        write_json(temporary / "metrics.json", document)
-    _say(report, document, target)
-    if not document["certified"]:
-        missed = sum(part["n_runs"] - part["n_certified"] for part in document["bm_global"])
-        report.warn(f"{missed} of the runs of bm_global are not certified to {grid.tol:g}; runs.csv says which")
-    report.finish(document)
-    return 0 if document["certified"] else NOT_CERTIFIED
-
-
-def _document(study: str, scale: str, grid: SpiralGrid, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    summary = summary_of(rows)
-    return {
+    document = {
         "command": "reproduce",
         "version": __version__,
         "study": study,
         "scale": scale,
         "settings": dataclasses.asdict(grid),
         "n_runs": len(rows),
-        "certified": all(part["n_certified"] == part["n_runs"] for part in summary["bm_global"]),
-        **summary,
+        **chosen.summary(rows),
+        "n_cells": bar.total,
+        "n_resumed": bar.n_resumed,
+        "seconds": time.perf_counter() - begin,
     }
+    with output_folder(target) as temporary:
+        names = [*chosen.write(rows, grid, temporary), "metrics.json"]
+        document["files"] = names
+        write_json(temporary / "metrics.json", document)
+    _say(report, chosen, document, target)
+    missed = chosen.missed(document, grid)
+    if missed:
+        report.warn(missed)
+    report.finish(document)
+    return NOT_CERTIFIED if missed else 0
 
 
-def _say(report: Report, document: dict[str, Any], target: Path) -> None:
-    resumed = f" ({document['n_resumed']} problems resumed)" if document["n_resumed"] else ""
-    report.say(f"{document['n_cells']} problems, {document['n_runs']} runs{resumed}")
+def _say(report: Report, study: _Study, document: dict[str, Any], target: Path) -> None:
+    resumed = f" ({document['n_resumed']} {study.cells} resumed)" if document["n_resumed"] else ""
+    report.say(f"{document['n_cells']} {study.cells}, {document['n_runs']} runs{resumed}")
     for claim in document["claims"]:
         report.say(f"\n{claim['name']}: {claim['verdict'].upper()}")
-        for scope, words in claim["found"].items():
-            report.say(f"  {scope} gates: {words}")
+        found = claim["found"]
+        lines = [f"{scope} gates: {words}" for scope, words in found.items()] if isinstance(found, dict) else [found]
+        for line in lines:
+            report.say(f"  {line}")
+    study.say(report, document)
+    report.say(f"\nWritten to {target}: {', '.join(document['files'])}")
+
+
+def _spiral_summary(rows: Rows) -> dict[str, Any]:
+    summary = summary_of(rows)
+    return {"certified": all(part["n_certified"] == part["n_runs"] for part in summary["bm_global"]), **summary}
+
+
+def _spiral_missed(document: dict[str, Any], grid: Any) -> str:
+    missed = sum(part["n_runs"] - part["n_certified"] for part in document["bm_global"])
+    return f"{missed} of the runs of bm_global are not certified to {grid.tol:g}; runs.csv says which" if missed else ""
+
+
+def _say_spiral(report: Report, document: dict[str, Any]) -> None:
     certified, n_runs = (sum(part[name] for part in document["bm_global"]) for name in ("n_certified", "n_runs"))
     check, ratios = document["theorem"], document["speed"]
     report.say()
@@ -118,7 +160,29 @@ def _say(report: Report, document: dict[str, Any], target: Path) -> None:
             ),
         ]
     )
-    report.say(f"\nWritten to {target}: {', '.join(document['files'])}")
+
+
+def _say_complexity(report: Report, document: dict[str, Any]) -> None:
+    fits = [fit for fit in document["exponents"] if fit["method"] in ("projected_gradient", "frank_wolfe_faces")]
+    report.say()
+    report.rows([(f"{fit['method']}, {fit['sweep']}", f"exponent {fit['exponent']:.2f}") for fit in fits])
+
+
+def _studies() -> dict[str, _Study]:
+    return {
+        "spiral": _Study(
+            SCALES, run_spiral, write_report, _spiral_summary, _spiral_missed, _say_spiral, cells="problems"
+        ),
+        "complexity": _Study(
+            COMPLEXITY_SCALES,
+            run_complexity,
+            write_complexity_report,
+            complexity_summary,
+            lambda document, grid: "",
+            _say_complexity,
+            cells="cells",
+        ),
+    }
 
 
 class _Bar(AbstractContextManager["_Bar"]):

@@ -118,6 +118,10 @@ class Operator(ABC):
         parts = [self.hidden(columns.gate, columns.u, rows) @ columns.v for rows in self.column_batches(len(columns))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def network_outputs(self, columns: Columns) -> torch.Tensor:
+        """Predictions (n, c) of the columns as neurons of the network: for ReLU (X u)_+ in place of D_k X u."""
+        return self.apply_columns(columns)
+
     def column_batches(self, n_columns: int) -> list[slice]:
         """Slices of samples whose activations for so many columns take at most `BATCH_BYTES`."""
         return row_batches(self.n_samples, max(1, n_columns) * 8)
@@ -125,6 +129,10 @@ class Operator(ABC):
     @abstractmethod
     def subset(self, rows: torch.Tensor) -> Operator:
         """The same map for some of the samples."""
+
+    @abstractmethod
+    def select(self, gates: torch.Tensor) -> Operator:
+        """The same map for some of the gates."""
 
     @abstractmethod
     def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

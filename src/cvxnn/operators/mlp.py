@@ -1,4 +1,4 @@
-"""Linear and gated-ReLU two-layer perceptrons: A_k(Z_k) = D_k X Z_k (equations (2), (5), (17), (18))."""
+"""Two-layer perceptrons: A_k(Z_k) = D_k X Z_k (equations (2), (3), (5), (17), (18), (19))."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.columns import Columns
 from cvxnn.operators.base import BATCH_BYTES, Operator, row_batches
 from cvxnn.patterns import activation_patterns
 
 __all__ = ["MLPOperator"]
 
+#: Up to so many entries of a block its adjoint is cheapest as a product of patterns with x_i l_i^T.
+_FEW_PRODUCTS = 64
+
 
 class MLPOperator(Operator):
     """A(Z) = sum_k D_k X Z_k with D_k = diag(1{X g_k >= 0}); the linear network has P = 1 and D = I.
+
+    For ReLU the map is that of gated ReLU; in the cone of its gate a column gives D_k X u = (X u)_+.
 
     Parameters
     ----------
@@ -28,6 +34,8 @@ class MLPOperator(Operator):
         Gate vectors; None for the linear network.
     patterns : torch.Tensor of shape (n, P), dtype bool, or None
         Patterns of the gates on X, computed from `gates` in float64 where not given.
+    activation : {"gated_relu", "relu"}
+        Of a network with gates; without gates it is "linear".
 
     Notes
     -----
@@ -43,11 +51,12 @@ class MLPOperator(Operator):
         n_outputs: int,
         gates: np.ndarray | None = None,
         patterns: torch.Tensor | None = None,
+        activation: str = "gated_relu",
     ) -> None:
         self.X = X
         self.dtype, self.device = X.dtype, X.device
         self.gates = gates
-        self.activation = "linear" if gates is None else "gated_relu"
+        self.activation = "linear" if gates is None else activation
         self.n_samples, d = X.shape
         self.n_outputs = n_outputs
         self.block_shape = (1 if gates is None else gates.shape[1], d, n_outputs)
@@ -74,7 +83,7 @@ class MLPOperator(Operator):
 
     @cached_property
     def _double(self) -> MLPOperator:
-        return MLPOperator(self.X.double(), self.n_outputs, self.gates, self._patterns)
+        return MLPOperator(self.X.double(), self.n_outputs, self.gates, self._patterns, self.activation)
 
     def double(self) -> MLPOperator:
         return self if self.dtype == torch.float64 else self._double
@@ -105,6 +114,8 @@ class MLPOperator(Operator):
         if self._patterns is None:
             return (self.X.T @ L).unsqueeze(0)
         n_gates, d, c = self.block_shape
+        if d * c <= _FEW_PRODUCTS:
+            return self._dense_blocks(L, 0, n_gates)
         if self._mask_inputs:
             flat = L.new_zeros(n_gates * d, c)
             for rows in self._batches:
@@ -121,6 +132,8 @@ class MLPOperator(Operator):
         start, stop, _ = gates.indices(n_gates)
         if stop - start == n_gates:
             return self.adjoint(L)
+        if d * c <= _FEW_PRODUCTS:
+            return self._dense_blocks(L, start, stop)
         blocks = L.new_zeros(stop - start, d, c)
         for k in range(start, stop):
             active = self.patterns[:, k].nonzero()[:, 0]
@@ -129,14 +142,24 @@ class MLPOperator(Operator):
                 blocks[k - start].addmm_(self.X[chosen].T, L[chosen])
         return blocks
 
+    def _dense_blocks(self, L: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Blocks of gates start to stop as the products of their patterns with the outer products x_i l_i^T."""
+        _, d, c = self.block_shape
+        products = (self.X.unsqueeze(2) * L.unsqueeze(1)).flatten(1)
+        blocks = L.new_empty(stop - start, d * c)
+        for part in row_batches(stop - start, self.n_samples * L.element_size()):
+            bits = self.patterns[:, start + part.start : start + part.stop]
+            torch.mm(bits.T.to(self.dtype), products, out=blocks[part])
+        return blocks.view(-1, d, c)
+
     def _column_mask(self, gate: torch.Tensor, rows: slice) -> torch.Tensor | None:
         """Patterns (rows, r) of the gates of r columns; kept from call to call where it is small."""
         if self._patterns is None:
             return None
         if len(gate) * self.n_samples * self.X.element_size() > BATCH_BYTES:
-            return self._mask[rows][:, gate]
+            return self._patterns[rows][:, gate].to(self.dtype)
         if self._kept_gate is not gate:
-            self._kept_gate, self._kept_mask = gate, self._mask[:, gate]
+            self._kept_gate, self._kept_mask = gate, self._patterns[:, gate].to(self.dtype)
         return self._kept_mask[rows]
 
     def hidden(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -144,13 +167,26 @@ class MLPOperator(Operator):
         mask = self._column_mask(gate, rows)
         return activations if mask is None else activations.mul_(mask)
 
+    def network_outputs(self, columns: Columns) -> torch.Tensor:
+        if self.activation != "relu":
+            return self.apply_columns(columns)
+        used = columns.without_zeros()
+        batches = self.column_batches(len(used))
+        return torch.cat([(self.X[rows] @ used.u.T).clamp_min(0) @ used.v for rows in batches])
+
     def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
         mask = self._column_mask(gate, rows)
         return (M if mask is None else M * mask).T @ self.X[rows]
 
     def subset(self, rows: torch.Tensor) -> MLPOperator:
         bits = None if self._patterns is None else self._patterns[rows]
-        return MLPOperator(self.X[rows], self.n_outputs, self.gates, bits)
+        return MLPOperator(self.X[rows], self.n_outputs, self.gates, bits, self.activation)
+
+    def select(self, gates: torch.Tensor) -> MLPOperator:
+        if self.gates is None:
+            return self
+        chosen = self.gates[:, gates.cpu().numpy()]
+        return MLPOperator(self.X, self.n_outputs, chosen, self.patterns[:, gates], self.activation)
 
     @cached_property
     def _norm(self) -> float:
@@ -176,7 +212,7 @@ class MLPOperator(Operator):
     def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         hidden = u @ self.X.T
         if self._patterns is not None:
-            hidden = hidden * self._mask.T[gate]
+            hidden = hidden * self._patterns.T[gate].to(self.dtype)
         return hidden.unsqueeze(2) * v.unsqueeze(1)
 
     def kernel(self) -> torch.Tensor:

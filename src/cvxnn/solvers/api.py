@@ -15,19 +15,33 @@ from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm
 from cvxnn.solvers.base import Iterate, Solver, make_options
-from cvxnn.solvers.burer_monteiro import BmGd, BmGlobal, BmLbfgs, BmNoisyGd, BmPrecGd, BmSgd
+from cvxnn.solvers.burer_monteiro import BmGd, BmGlobal, BmLbfgs, BmNoisyGd, BmPrecGd, BmProjectedGd, BmSgd
 from cvxnn.solvers.driver import Callback, run
 from cvxnn.solvers.fista import Fista
 from cvxnn.solvers.frank_wolfe import FrankWolfe
 from cvxnn.solvers.interior_point import InteriorPoint
 from cvxnn.solvers.result import Result
+from cvxnn.solvers.ssnal import Ssnal
 from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
-    for solver in (Admm, Fista, FrankWolfe, InteriorPoint, BmGd, BmSgd, BmNoisyGd, BmPrecGd, BmLbfgs, BmGlobal)
+    for solver in (
+        Admm,
+        Fista,
+        FrankWolfe,
+        InteriorPoint,
+        Ssnal,
+        BmGd,
+        BmSgd,
+        BmNoisyGd,
+        BmProjectedGd,
+        BmPrecGd,
+        BmLbfgs,
+        BmGlobal,
+    )
 }
 
 
@@ -35,10 +49,11 @@ def choose_solver(problem: Problem) -> str:
     """What ``solver="auto"`` takes.
 
     "admm" wherever its factorisation fits in memory, "fista" where it does not, and "frank_wolfe" for
-    norms without a prox.
+    norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
     """
-    for name in ("admm", "fista", "frank_wolfe"):
-        if SOLVERS[name].unsupported(problem) is None:
+    names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
+    for name in names:
+        if _lacking(SOLVERS[name], problem) is None:
             return name
     raise UnsupportedError(f"no solver can serve {problem!r}")
 
@@ -123,7 +138,7 @@ def solve(
         raise UnsupportedError(f"rank={rank!r} is for Burer-Monteiro solvers; {name!r} takes rank=None")
     check_integer(rank, "rank", allow_none=True)
     options = make_options(kind, solver_options)
-    lacking = kind.unsupported(problem)
+    lacking = _lacking(kind, problem)
     if lacking is not None:
         raise UnsupportedError(f"solver {name!r} cannot serve this problem: {lacking}")
     if not isinstance(callbacks, Iterable) or not all(callable(callback) for callback in callbacks):
@@ -134,12 +149,20 @@ def solve(
         kind(problem, options, tol, time_limit, rank, random_state),
         max_iter=kind.default_max_iter if max_iter is None else max_iter,
         time_limit=time_limit,
-        init=_as_iterate(problem, init, kind.factored),
+        init=_as_iterate(problem, init, kind.factored or problem.cones is not None),
         checkpoint=checkpoint,
         resume=resume,
         callbacks=callbacks,
         verbose=verbose,
     )
+
+
+def _lacking(kind: type[Solver], problem: Problem) -> str | None:
+    """What a solver lacks for a problem, or None."""
+    if problem.cones is not None and not kind.cones:
+        able = ", ".join(repr(name) for name, solver in SOLVERS.items() if solver.cones)
+        return f"it does not keep the columns of ReLU networks in their cones; one of {able} is wanted"
+    return kind.unsupported(problem)
 
 
 def _as_iterate(problem: Problem, init: Any, factored: bool) -> Iterate | None:
@@ -176,6 +199,8 @@ def _as_iterate(problem: Problem, init: Any, factored: bool) -> Iterate | None:
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise InvalidInputError("init contains NaN or infinity; finite numbers are wanted")
     if factored:
+        if factors is None and problem.cones is not None:
+            raise InvalidInputError("init is given as blocks; a ReLU problem starts from factors (U, V) or a Result")
         if factors is None:
             factors = Columns.from_blocks(Z.double()).factors(n_gates)
         return Iterate(None, dual=dual, factors=factors)

@@ -53,6 +53,8 @@ class Solver(ABC):
         Whether its points are Burer-Monteiro factors; the blocks Z are then never formed.
     check_every : int
         Iterations between two certificates (they get rarer in long runs).
+    cones : bool
+        Whether it keeps the columns of ReLU problems in their cones.
     """
 
     name: ClassVar[str]
@@ -60,6 +62,7 @@ class Solver(ABC):
     default_max_iter: ClassVar[int] = 10_000
     factored: ClassVar[bool] = False
     check_every: ClassVar[int] = 10
+    cones: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,8 +83,12 @@ class Solver(ABC):
         self.finished = False
 
     def zero(self) -> Iterate:
-        """The point Z = 0."""
-        return Iterate(self.problem.Y.new_zeros(self.problem.operator.block_shape))
+        """The point Z = 0; for ReLU problems, which are certified from factors, one zero column per gate."""
+        n_gates, p, q = self.problem.operator.block_shape
+        like = self.problem.Y
+        if self.problem.cones is not None:
+            return Iterate(None, factors=(like.new_zeros(n_gates, p, 1), like.new_zeros(n_gates, q, 1)))
+        return Iterate(like.new_zeros(n_gates, p, q))
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

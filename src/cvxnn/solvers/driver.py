@@ -53,7 +53,7 @@ class _Best:
         seen = evaluate(problem, Z, factors=point.factors, intercept=point.intercept)
         if not seen.primal < float("inf"):
             return False
-        if seen.primal < self.primal:
+        if seen.primal < self.primal and seen.is_feasible(problem):
             self.primal, self.intercept = seen.primal, seen.intercept
             U, V = point.factors or (None, None)
             self.factors = None if U is None or V is None else (U.detach().clone(), V.detach().clone())

@@ -1,4 +1,4 @@
-"""Fully corrective Frank-Wolfe: best atoms of the dual norm, then all their weights at once."""
+"""Frank-Wolfe: best atoms of the dual norm, and all their weights at once (fully corrective) or by a fixed rule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from cvxnn.columns import Columns
 from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.cone_frank_wolfe import ATOMS, Atoms, best_atoms, cone_atoms, slide
 from cvxnn.solvers.lbfgs import minimise
-from cvxnn.validation import check_integer
+from cvxnn.validation import check_choice, check_integer
 
 __all__ = ["FrankWolfe"]
 
@@ -24,20 +25,31 @@ class FrankWolfeOptions:
 
     Attributes
     ----------
+    variant : {"corrective", "plain"}
+        Several atoms per iteration, all weights minimised over and atoms moved; or one atom per iteration with the
+        step 2 / (k + 2), as Frank and Wolfe have it.
+    atom : {"alternating", "branching", "faces"}
+        For ReLU, how the best neuron in the cone of a gate is found: the best of alternating projections from several
+        starts (exact for one output); to a relative 1e-6 by branching over v (at most three outputs); or exactly, by
+        going through all faces of the cone, of which there are about n^(rank - 1).
     new_atoms : int
         At most so many atoms are added per iteration, from the gates where the dual norm is largest.
     correction_iter : int
         Limit of L-BFGS-B iterations in a corrective step.
     descent_iter : int
-        Limit of L-BFGS iterations of the local descent on all atoms at once (nuclear norm); 0 leaves
-        it out.
+        Limit of iterations of the local descent on all atoms at once (nuclear norm and ReLU); 0 leaves it
+        out.
     """
 
+    variant: str = "corrective"
+    atom: str = "alternating"
     new_atoms: int = 32
     correction_iter: int = 200
     descent_iter: int = 100
 
     def __post_init__(self) -> None:
+        check_choice(self.variant, "variant", ("corrective", "plain"))
+        check_choice(self.atom, "atom", ATOMS)
         check_integer(self.new_atoms, "new_atoms")
         check_integer(self.correction_iter, "correction_iter")
         check_integer(self.descent_iter, "descent_iter", minimum=0)
@@ -48,13 +60,18 @@ class FrankWolfe(Solver):
 
     Serves every norm, as it needs only the best atom. For the nuclear norm the atoms themselves are moved
     too (as in sliding Frank-Wolfe; Denoyelle, Duval, Peyre, Soubies 2019) and then replaced by the singular
-    pairs of each gate, which can only lower the objective.
+    pairs of each gate, which can only lower the objective. For ReLU (the convex program (3); Sahiner, Ergen, Pauly,
+    Pilanci 2021) atoms are neurons in the cones of their gates, and stay there when they are moved.
+
+    The plain variant is that of Jaggi on {Omega(Z) <= tau}, with beta Omega in the objective and tau = F(0) / beta,
+    which no optimum exceeds (Harchaoui, Juditsky, Nemirovski 2015).
     """
 
     name = "frank_wolfe"
     Options = FrankWolfeOptions
     default_max_iter: ClassVar[int] = 2_000
     check_every: ClassVar[int] = 1
+    cones: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, *arguments: Any) -> None:
         super().__init__(problem, *arguments)
@@ -63,13 +80,49 @@ class FrankWolfe(Solver):
     def start(self, point: Iterate | None) -> None:
         _, p, q = self.op.block_shape
         like = self.problem.Y64
-        self.gate = torch.zeros(0, dtype=torch.long, device=like.device)
-        self.u, self.v = like.new_zeros(0, p), like.new_zeros(0, q)
-        self.t = like.new_zeros(0)
+        self.iteration = 0
+        self._take(Columns(like.new_zeros(0, dtype=torch.long), like.new_zeros(0, p), like.new_zeros(0, q)))
         if point is not None:
+            self._warm_start(point)
+        self._refresh()
+        zero = torch.zeros_like(like)
+        offset = self.problem.best_intercept(zero)
+        loss = float(self.problem.loss.value(zero + offset, like, self.problem.weights))
+        self.radius = loss / self.problem.beta
+
+    def _warm_start(self, point: Iterate) -> None:
+        if self.problem.cones is None:
             self._set_from_blocks(point.blocks().double())
-        self.responses = self._respond(self.gate, self.u, self.v)
-        self.intercept = self.problem.best_intercept(self._outputs())
+            return
+        assert point.factors is not None
+        columns = Columns.from_factors(*(part.double() for part in point.factors)).without_zeros()
+        feasible = self.problem.cones.project(columns.gate, columns.u).point
+        self._take(Columns(columns.gate, feasible, columns.v))
+
+    def _take(self, columns: Columns) -> None:
+        """Atoms of the columns u v^T."""
+        columns = columns.without_zeros()
+        sizes = [part.norm(dim=1) for part in (columns.u, columns.v)]
+        self.gate, self.t = columns.gate, sizes[0] * sizes[1]
+        self.u, self.v = (part / size.unsqueeze(1) for part, size in zip((columns.u, columns.v), sizes, strict=True))
+
+    def _refresh(self) -> None:
+        """What depends on the atoms: their predictions (one by one only where weights are corrected), the intercept."""
+        if self.options.variant == "plain":
+            self.responses = self.t.new_zeros(0)
+            self.outputs = self._predict(self._columns())
+        else:
+            self.responses = self._respond(self.gate, self.u, self.v)
+            self.outputs = self._outputs()
+        self.intercept = self.problem.best_intercept(self.outputs)
+
+    def _columns(self) -> Columns:
+        """The atoms with their weights, balanced."""
+        root = self.t.sqrt().unsqueeze(1)
+        return Columns(self.gate, root * self.u, root * self.v)
+
+    def _predict(self, columns: Columns) -> torch.Tensor:
+        return self.op.apply_columns(columns) if len(columns) else torch.zeros_like(self.problem.Y64)
 
     def _set_from_blocks(self, Z: torch.Tensor) -> None:
         """Atoms from the singular pairs of every gate (an upper bound of the norm unless it is nuclear)."""
@@ -92,9 +145,17 @@ class FrankWolfe(Solver):
         return (self.t @ self.responses).view(self.problem.Y.shape)
 
     def step(self) -> None:
+        self.iteration += 1
+        if self.options.variant == "plain":
+            self._plain_step()
+            return
         self._add_atoms()
         self._correct()
-        if self.problem.norm.name == "nuclear":
+        if self.problem.cones is not None:
+            self._keep(self.t > 0)
+            if self.options.descent_iter and len(self.t):
+                self._slide()
+        elif self.problem.norm.name == "nuclear":
             if self.options.descent_iter:
                 self._descend()
             self._set_from_blocks(self._blocks())
@@ -102,16 +163,39 @@ class FrankWolfe(Solver):
         else:
             self._keep(self.t > 0)
 
-    def _add_atoms(self) -> None:
+    def _best_atoms(self, outputs: torch.Tensor, most: int) -> Atoms:
+        """At most so many atoms, of different gates, along which the objective falls; the best first."""
         problem = self.problem
-        gradient = problem.loss.gradient(self._outputs() + self.intercept, problem.Y64, problem.weights)
-        u, v, value = problem.norm.atom(self.op.adjoint(gradient))
-        chosen = torch.argsort(value, descending=True)[: self.options.new_atoms]
-        chosen = chosen[value[chosen] > problem.beta]
-        self.gate = torch.cat([self.gate, chosen])
-        self.u, self.v = torch.cat([self.u, -u[chosen]]), torch.cat([self.v, v[chosen]])
-        self.t = torch.cat([self.t, self.t.new_zeros(len(chosen))])
-        self.responses = torch.cat([self.responses, self._respond(chosen, -u[chosen], v[chosen])])
+        gradient = problem.loss.gradient(outputs + self.intercept, problem.Y64, problem.weights)
+        find = best_atoms if problem.cones is None else cone_atoms
+        return find(problem, self.op, gradient, most, self.options.atom)
+
+    def _plain_step(self) -> None:
+        found = self._best_atoms(self.outputs, 1)
+        share = 2 / (self.iteration + 1)
+        weights = torch.full_like(found.value, share * self.radius)
+        self.gate = torch.cat([self.gate, found.gate])
+        self.u, self.v = torch.cat([self.u, found.u]), torch.cat([self.v, found.v])
+        self.t = torch.cat([(1 - share) * self.t, weights])
+        self.outputs = (1 - share) * self.outputs
+        if len(found.gate):
+            self.outputs += self._predict(Columns(found.gate, weights.unsqueeze(1) * found.u, found.v))
+        if share >= 1:
+            self._keep(self.t > 0)
+        self.intercept = self.problem.best_intercept(self.outputs, start=self.intercept)
+
+    def _add_atoms(self) -> None:
+        found = self._best_atoms(self._outputs(), self.options.new_atoms)
+        self.gate = torch.cat([self.gate, found.gate])
+        self.u, self.v = torch.cat([self.u, found.u]), torch.cat([self.v, found.v])
+        self.t = torch.cat([self.t, torch.zeros_like(found.value)])
+        self.responses = torch.cat([self.responses, self._respond(found.gate, found.u, found.v)])
+
+    def _slide(self) -> None:
+        """Move all neurons inside their cones."""
+        columns, self.intercept = slide(self.problem, self._columns(), self.intercept, self.options.descent_iter)
+        self._take(columns)
+        self.responses = self._respond(self.gate, self.u, self.v)
 
     def _correct(self) -> None:
         """Minimise over the weights of all atoms, t >= 0 (and the intercept)."""
@@ -167,7 +251,9 @@ class FrankWolfe(Solver):
 
     def _keep(self, kept: torch.Tensor) -> None:
         self.gate, self.u, self.v = self.gate[kept], self.u[kept], self.v[kept]
-        self.t, self.responses = self.t[kept], self.responses[kept]
+        self.t = self.t[kept]
+        if self.options.variant != "plain":
+            self.responses = self.responses[kept]
 
     def _blocks(self) -> torch.Tensor:
         return self._assemble(self.t[:, None] * self.u, self.v)
@@ -177,17 +263,14 @@ class FrankWolfe(Solver):
         Z = self.problem.Y64.new_zeros(self.op.block_shape)
         return Z.index_add(0, self.gate, u.unsqueeze(2) * v.unsqueeze(1))
 
-    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Balanced factors, padded with zero columns: the atoms are the value of an inexact norm."""
-        root = self.t.sqrt().unsqueeze(1)
-        return Columns(self.gate, root * self.u, root * self.v).factors(self.op.n_gates)
-
     def iterate(self) -> Iterate:
-        factors = None if self.problem.norm.exact else self._factors()
-        return Iterate(self._blocks(), factors=factors)
+        # Padded with zero columns: the atoms are the value of an inexact norm, and all that ReLU points have.
+        exact = self.problem.norm.exact and self.problem.cones is None
+        factors = None if exact else self._columns().factors(self.op.n_gates)
+        return Iterate(None if self.problem.cones is not None else self._blocks(), factors=factors)
 
     def state(self) -> dict[str, Any]:
-        names = ("gate", "u", "v", "t", "responses", "intercept")
+        names = ("gate", "u", "v", "t", "responses", "outputs", "intercept", "iteration", "radius")
         return {name: getattr(self, name) for name in names}
 
     def load_state(self, state: dict[str, Any]) -> None:

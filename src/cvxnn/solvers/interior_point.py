@@ -14,6 +14,7 @@ import scipy.sparse as sp
 import torch
 
 from cvxnn.certificates import evaluate
+from cvxnn.columns import Columns
 from cvxnn.errors import CvxnnError, DependencyError, InvalidInputError
 from cvxnn.losses import CrossEntropy, Huber, Logistic, Squared
 from cvxnn.operators import Operator
@@ -71,9 +72,12 @@ class InteriorPoint(Solver):
     name = "interior_point"
     Options = InteriorPointOptions
     check_every: ClassVar[int] = 1
+    cones: ClassVar[bool] = True
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
+        if problem.cones is not None and problem.Y.shape[1] > 1:
+            return f"the ReLU program is convex in vectors for one output only, and Y has {problem.Y.shape[1]}"
         if not problem.norm.exact and min(problem.operator.block_shape[1:]) > 1:
             return f"it needs a norm with a closed form, and {problem.norm.name} has none; use 'frank_wolfe'"
         if importlib.util.find_spec("cvxpy") is None:
@@ -86,8 +90,8 @@ class InteriorPoint(Solver):
 
     def start(self, point: Iterate | None) -> None:
         self.begin = time.perf_counter()
-        self.point = Iterate(self.problem.Y.new_zeros(self.problem.operator.block_shape))
-        self.scale = evaluate(self.problem, self.point.blocks()).primal
+        self.point = self.zero()
+        self.scale = self._objective()
         self.tolerance = max(_TIGHTEST, min(1e-8, 1e-6 * self.tol))
         self.last = False
 
@@ -101,7 +105,7 @@ class InteriorPoint(Solver):
         InvalidInputError
             The backend refused a setting.
         """
-        program = _Program(self.problem, self.scale)
+        program = (_Program if self.problem.cones is None else _ConeProgram)(self.problem, self.scale)
         self._solve(program)
         point = program.point()
         self.finished = self.last or point is None
@@ -109,6 +113,9 @@ class InteriorPoint(Solver):
             self.point = point
             self.scale = evaluate(self.problem, point.blocks()).primal
             self.tolerance, self.last = _TIGHTEST, True
+
+    def _objective(self) -> float:
+        return evaluate(self.problem, self.point.Z, factors=self.point.factors).primal
 
     def _solve(self, program: _Program) -> None:
         backend = self.options.backend
@@ -200,7 +207,11 @@ class _Program:
             outputs = outputs + np.ones((problem.n_samples, 1)) @ self.b
         self.tie = outputs - self.T == 0
         total = (_loss(problem, self.T) + problem.beta * penalty) / self.scale
-        self.problem = cp.Problem(cp.Minimize(total), [self.tie])
+        self.problem = cp.Problem(cp.Minimize(total), [self.tie, *self._constraints()])
+
+    def _constraints(self) -> list[Any]:
+        """Further constraints on the variables."""
+        return []
 
     def _make_blocks(self) -> tuple[Any, Any]:
         """Variables and their penalty: matrices (P of them), or one with a row per vector whose norm counts."""
@@ -237,10 +248,54 @@ class _Program:
         n_gates, p, q = self.source.operator.block_shape
         Z = np.asarray(values)
         Z = Z.reshape(n_gates, q, p).transpose(0, 2, 1) if self.layout == "columns" else Z.reshape(n_gates, p, q)
-        multiplier, dual = self.tie.dual_value, None
-        if multiplier is not None and np.isfinite(multiplier).all():
-            dual = torch.from_numpy(self.scale * np.asarray(multiplier)).to(like.device)
-        return Iterate(torch.from_numpy(np.ascontiguousarray(Z)).to(like), dual=dual)
+        return Iterate(torch.from_numpy(np.ascontiguousarray(Z)).to(like), dual=self._dual())
+
+    def _dual(self) -> torch.Tensor | None:
+        """The multiplier of the equality, (n, c)."""
+        multiplier = self.tie.dual_value
+        if multiplier is None or not np.isfinite(multiplier).all():
+            return None
+        return torch.from_numpy(self.scale * np.asarray(multiplier)).to(self.source.Y.device)
+
+
+class _ConeProgram(_Program):
+    """The convex ReLU program with one output: Z_k = u_k - w_k at the cost ||u_k|| + ||w_k||, both in the cone."""
+
+    def _make_blocks(self) -> tuple[Any, Any]:
+        import cvxpy as cp
+
+        n_gates, p, _ = self.source.operator.block_shape
+        self.layout = "columns"
+        vectors = cp.Variable((2 * n_gates, p))
+        return vectors, cp.sum(cp.norm(vectors, 2, axis=1))
+
+    def _flatten(self) -> Any:
+        import cvxpy as cp
+
+        n_gates = self.source.n_gates
+        return cp.vec(self.blocks[:n_gates] - self.blocks[n_gates:], order="C")
+
+    def _constraints(self) -> list[Any]:
+        import cvxpy as cp
+
+        signs = 2.0 * self.source.patterns.cpu().numpy() - 1
+        X = self.source.operator.double().data_tensors()[0].cpu().numpy()
+        rows = sp.block_diag([sp.csr_array(signs[:, k : k + 1] * X) for k in range(signs.shape[1])], format="csr")
+        return [sp.block_diag([rows, rows], format="csr") @ cp.vec(self.blocks, order="C") >= 0]
+
+    def point(self) -> Iterate | None:
+        values = self.blocks.value
+        if values is None or not np.isfinite(values).all():
+            return None
+        n_gates, cones = self.source.n_gates, self.source.cones
+        assert cones is not None
+        u = torch.from_numpy(np.asarray(values)).to(self.source.Y64)
+        gate = torch.arange(n_gates, device=u.device).repeat(2)
+        signs = torch.ones(2 * n_gates, 1).to(u)
+        signs[n_gates:] = -1
+        # The backend respects the cones up to its tolerance.
+        columns = Columns(gate, cones.project(gate, u).point, signs).without_zeros(1e-12).balanced()
+        return Iterate(None, dual=self._dual(), factors=columns.factors(n_gates))
 
 
 def _vector_layout(left: str, right: str, p: int, q: int) -> tuple[str, str]:

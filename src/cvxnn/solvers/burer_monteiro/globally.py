@@ -11,8 +11,11 @@ import torch
 
 from cvxnn.certificates import Certificate
 from cvxnn.columns import Columns
+from cvxnn.errors import UnsupportedError
+from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
 from cvxnn.solvers.burer_monteiro.base import BurerMonteiro
+from cvxnn.solvers.burer_monteiro.cone_global import ConeGlobal
 from cvxnn.solvers.burer_monteiro.descent import QuasiNewton
 from cvxnn.solvers.burer_monteiro.eliminated import Eliminated
 from cvxnn.solvers.burer_monteiro.escape import new_columns, proximal_step, violations
@@ -43,13 +46,14 @@ class GlobalOptions:
     ----------
     escape : {"columns", "proximal"}
         How to leave a point that the certificate refuses: add the top singular pairs of the violated gates,
-        or a proximal gradient step on all Z_k (BM-Global; Lee, Liang, Tang, Toh 2024).
+        or a proximal gradient step on all Z_k (BM-Global; Lee, Liang, Tang, Toh 2024). For ReLU the first only.
     new_columns : int
-        Most columns that are added to a gate at a time.
+        Most columns that are added to a gate at a time; for ReLU ten times as many are added to all together.
     local : {"auto", "newton", "newton_cg", "lbfgs"}
         Method between two escapes: Newton's with dense matrices, or by conjugate gradients, or L-BFGS. "auto"
         takes the first where one step is cheap, and otherwise L-BFGS until it gets slow, or the second at once
-        where its products are cheap.
+        where its products are cheap. For ReLU "auto" is Newton's method, by conjugate gradients where matrices
+        would be large.
     eliminate : bool
         Minimise V and the intercept out where the loss is squared.
     whiten : bool
@@ -85,7 +89,7 @@ class BmGlobal(BurerMonteiro):
     Two things stop a local method. *Conditioning*: V is minimised out for the squared loss, and U moved by
     Newton's method, or by L-BFGS in whitened variables. *A rank below that of the optimum*: gates with
     ||G_k|| > beta get the top singular pairs of -G_k as columns, and columns that became empty are removed.
-    Always in float64.
+    Always in float64. The columns of ReLU problems stay in their cones (:class:`ConeGlobal`).
     """
 
     name = "bm_global"
@@ -94,8 +98,35 @@ class BmGlobal(BurerMonteiro):
     default_max_iter: ClassVar[int] = 2_000
     check_every: ClassVar[int] = 1
     double = True
+    cones: ClassVar[bool] = True
+
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
+        #: What solves ReLU problems, whose columns are in cones.
+        self.in_cones: ConeGlobal | None = None
+        if problem.cones is not None and (self.options.escape != "columns" or self.options.local == "lbfgs"):
+            raise UnsupportedError("escape='proximal' and local='lbfgs' are not there for ReLU problems")
+
+    def _start_in_cones(self, point: Iterate | None) -> None:
+        deadline = None if self.time_limit is None else time.perf_counter() + self.time_limit
+        self.in_cones = solver = ConeGlobal(self.problem, self.loss, self.options, self.tol, deadline)
+        if point is not None and point.factors is not None:
+            columns = Columns.from_factors(*point.factors).to(self.loss.Y)
+        elif self.rank is not None:
+            columns = solver.random_columns(self.rank, self.rng)
+        else:
+            columns = self._no_columns()
+        solver.start(columns, self.loss.Y.new_zeros(self.loss.Y.shape[1]))
+
+    def _no_columns(self) -> Columns:
+        empty = self.loss.Y.new_zeros
+        _, p, q = self.op.block_shape
+        return Columns(torch.zeros(0, dtype=torch.long, device=self.loss.Y.device), empty(0, p), empty(0, q))
 
     def start(self, point: Iterate | None) -> None:
+        if self.problem.cones is not None:
+            self._start_in_cones(point)
+            return
         self.begin = time.perf_counter()
         self.damping = 1e-3
         self.patience = 1
@@ -114,11 +145,7 @@ class BmGlobal(BurerMonteiro):
         elif self.rank is not None:
             self.columns = self.random_columns()
         else:
-            empty = self.loss.Y.new_zeros
-            _, p, q = self.op.block_shape
-            self.columns = Columns(
-                torch.zeros(0, dtype=torch.long, device=self.loss.Y.device), empty(0, p), empty(0, q)
-            )
+            self.columns = self._no_columns()
         self.columns = self.columns.compressed(self.op.n_gates)
         if self.problem.output_bias:
             self.intercept = self.problem.best_intercept(self.op.apply_columns(self.columns))
@@ -126,6 +153,10 @@ class BmGlobal(BurerMonteiro):
 
     def step(self) -> None:
         """A part of a round: an escape at its beginning, then the local method."""
+        if self.in_cones is not None:
+            self.in_cones.step()
+            self.finished = self.in_cones.finished
+            return
         if self.descents == 0:
             self.value = self._objective() if len(self.columns) else math.inf
             self.added = self._escape()
@@ -244,12 +275,19 @@ class BmGlobal(BurerMonteiro):
     def message(self, certificate: Certificate) -> str:
         if math.isinf(certificate.relative_gap):
             return super().message(certificate)
+        if self.in_cones is not None and self.in_cones.violation == 0:
+            return (
+                "no neuron with a value above beta is found: the remaining gap is one of the upper bound of the dual "
+                f"norms, {certificate.dual_norm_ratio:.6g} beta, or of other local maxima in the cones"
+            )
         return (
             f"neither the local method nor new columns lower the objective any more, at ||G_k|| of at most "
             f"{certificate.dual_norm_ratio:.6g} beta: this is the accuracy that rounding allows"
         )
 
     def iterate(self) -> Iterate:
+        if self.in_cones is not None:
+            return self.in_cones.iterate()
         factors = self.columns.balanced().factors(self.op.n_gates)
         return Iterate(None, intercept=self.intercept if self.problem.output_bias else None, factors=factors)
 
@@ -266,11 +304,16 @@ class BmGlobal(BurerMonteiro):
     )
 
     def state(self) -> dict[str, Any]:
+        if self.in_cones is not None:
+            return self.in_cones.state()
         numbers = {name: getattr(self, name) for name in self._NUMBERS}
         numbers["value"] = self.value if math.isfinite(self.value) else None
         return super().state() | numbers | ({} if self.quasi is None else self.quasi.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if self.in_cones is not None:
+            self.in_cones.load_state(state)
+            return
         super().load_state(state)
         if "lbfgs.numbers" in state:
             self.quasi = self._quasi_newton(self._local())

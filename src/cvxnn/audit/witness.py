@@ -1,0 +1,159 @@
+"""A neuron that lowers the objective of a network when it is added, and by how much."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cvxnn.audit.task import Point, Task
+from cvxnn.bounds import worst_neuron
+from cvxnn.neurons import neuron_ascent
+from cvxnn.problem import Problem
+
+__all__ = ["Witness", "best_step", "find_witness"]
+
+#: Slopes and decreases below this, relative to beta and to the objective, are rounding.
+_ROUNDING = 1e-10
+_DOUBLINGS = 200
+_BISECTIONS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """A unit neuron (u, v), and what adding it does.
+
+    Attributes
+    ----------
+    u : torch.Tensor of shape (d,)
+        Weights of the features.
+    bias : float or None
+        Hidden bias, where the network has one; ||(u, bias)|| = 1.
+    v : torch.Tensor of shape (c,)
+    ratio : float
+        ||G^T u|| / beta, G the gradient of the loss in the cell of u; above 1 the neuron lowers the objective.
+    n_active : int
+        Samples that it is active on.
+    step : float
+        The neuron is added as (sqrt(step) u, sqrt(step) v); the best step along it.
+    decrease : float
+        The objective without it minus the objective with it, both evaluated.
+    gate : int
+        For a gated network, the gate that it uses.
+    """
+
+    u: torch.Tensor
+    bias: float | None
+    v: torch.Tensor
+    ratio: float
+    n_active: int
+    step: float
+    decrease: float
+    gate: int = 0
+
+    @property
+    def neuron(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The neuron as it is added: (d + 1,) with a hidden bias, and (c,)."""
+        root = math.sqrt(self.step)
+        u = self.u if self.bias is None else torch.cat([self.u, self.u.new_tensor([self.bias])])
+        return root * u, root * self.v
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary for JSON."""
+        return {
+            "u": self.u.tolist(),
+            "bias": self.bias,
+            "v": self.v.tolist(),
+            "ratio": self.ratio,
+            "n_active": self.n_active,
+            "step": self.step,
+            "decrease": self.decrease,
+        }
+
+
+def find_witness(task: Task, problem: Problem | None, point: Point) -> Witness | None:
+    """The neuron along which the objective falls fastest; None where none is found that lowers it.
+
+    Parameters
+    ----------
+    problem : Problem or None
+        Problem whose gates are looked at; None: all ReLU neurons, by local ascent from many starts.
+    """
+    outputs = task.outputs(point)
+    nu = task.gradient(outputs)
+    if not bool(nu.any()):
+        return None
+    gate, u = _steepest(task, problem, point, nu)
+    return _added(task, point, outputs, nu, gate, u)
+
+
+def _steepest(task: Task, problem: Problem | None, point: Point, nu: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Gate and unit u with the largest ||G_k^T u||."""
+    if problem is None:
+        init = point.columns.u if len(point) else None
+        return 0, neuron_ascent(task.X, nu, init=init)[0]
+    if problem.cones is not None:
+        return 0, worst_neuron(problem, nu).u[0]
+    op = problem.operator.double()
+    best, gate, u = -1.0, 0, task.X.new_zeros(task.X.shape[1])
+    for gates in op.gate_batches():
+        left, values, _ = torch.linalg.svd(op.adjoint_blocks(nu, gates), full_matrices=False)
+        k = int(values[:, 0].argmax())
+        if float(values[k, 0]) > best:
+            best, gate, u = float(values[k, 0]), gates.start + k, left[k, :, 0]
+    return gate, u
+
+
+def _added(
+    task: Task, point: Point, outputs: torch.Tensor, nu: torch.Tensor, gate: int, u: torch.Tensor
+) -> Witness | None:
+    size = float(torch.linalg.vector_norm(u))
+    if size == 0:
+        return None
+    u = u / size
+    single = point.with_neuron(gate, u, nu.new_zeros(nu.shape[1])).columns[torch.tensor([len(point)])]
+    hidden = task.hidden(single)
+    slope = (hidden.T @ nu)[0]
+    steepness = float(torch.linalg.vector_norm(slope))
+    if not steepness > task.beta * (1 + _ROUNDING):
+        return None
+    v = -slope / steepness
+    step = best_step(task, outputs, hidden * v)
+    root = math.sqrt(step)
+    before, after = task.value(point).objective, task.value(point.with_neuron(gate, root * u, root * v)).objective
+    if not before - after > _ROUNDING * abs(before):
+        return None
+    n_features = len(u) - task.hidden_bias
+    return Witness(
+        u=u[:n_features].clone(),
+        bias=float(u[-1]) if task.hidden_bias else None,
+        v=v,
+        ratio=steepness / task.beta,
+        n_active=int((hidden != 0).sum()),
+        step=step,
+        decrease=before - after,
+        gate=gate,
+    )
+
+
+def best_step(task: Task, outputs: torch.Tensor, direction: torch.Tensor) -> float:
+    """Minimiser over t >= 0 of the convex F(outputs + t direction) + beta t, by bisection of its slope."""
+
+    def slope(t: float) -> float:
+        return float((task.gradient(outputs + t * direction) * direction).sum()) + task.beta
+
+    curvature = (task.base.loss.hessian_product(outputs, task.base.Y64, task.base.weights, direction) * direction).sum()
+    start = -slope(0.0) / float(curvature) if float(curvature) > 0 else 1.0
+    low, high = 0.0, start if math.isfinite(start) and start > 0 else 1.0
+    for _ in range(_DOUBLINGS):
+        if slope(high) >= 0:
+            break
+        low, high = high, 2 * high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,413 @@
+"""Exact Euclidean projection onto polyhedral cones {u : K u >= 0}, many at once.
+
+The dual of min 1/2 ||u - z||^2 s.t. K u >= b is a quadratic program in the multipliers; for b = 0 it is the
+non-negative least squares problem min_{lambda >= 0} 1/2 ||z + K^T lambda||^2 with u = z + K^T lambda. The dual
+active-set method of Goldfarb and Idnani (1983) solves it in finitely many steps: take the most violated row, step
+until a multiplier reaches zero (drop that row) or the row is satisfied (add it). All pairs take their steps together;
+pairs that do not end (rounding, in degenerate cones) are finished one by one by `scipy.optimize.nnls`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+__all__ = ["Constraints", "Projection", "project_cones", "solve", "tangent"]
+
+TOLERANCE = 1e-12  # violation of the returned point, relative to its norm
+NEGLIGIBLE = 1e-13  # a projection shorter than this, relative to z, is zero
+SOLVED, UNFINISHED, INFEASIBLE = 0, 1, 2
+_DEPENDENT = 1e-13  # a unit row this close to the span of the active rows counts as dependent
+_NEGATIVE = 1e-13  # multipliers above -this, relative to the largest, are zero
+_ACCURATE = 1e-11  # point - z and K^T lambda may differ by this, relative to z, before another method is tried
+_RESTORES = 4
+_ROUNDS = 20  # per coordinate, before a pair is finished by other means
+
+
+@dataclass
+class Projection:
+    """Projections of z onto cones, with the multipliers that prove them.
+
+    Attributes
+    ----------
+    point : Tensor of shape (r, d)
+        The projections; feasible to 1e-11 relative to their norms, exactly zero where negligible beside z.
+    index : Tensor of shape (r, a), long
+        Active rows (of the reduced, unit rows), -1 in the padding.
+    multiplier : Tensor of shape (r, a)
+        lambda >= 0 for these rows, 0 in the padding.
+    polar : Tensor of shape (r, d)
+        K^T lambda, which is point - z up to rounding. It is formed from the multipliers, so that ||z + polar||
+        bounds max {z . u : K u >= 0, ||u|| <= 1} from above however the computation ended.
+    """
+
+    point: Tensor
+    index: Tensor
+    multiplier: Tensor
+    polar: Tensor
+
+    def put(self, pairs: Tensor, other: Projection) -> None:
+        """Replace the projections of some of the pairs."""
+        for name in ("point", "index", "multiplier", "polar"):
+            getattr(self, name)[pairs] = getattr(other, name)
+
+    def select(self, pairs: Tensor) -> Projection:
+        """The projections of some of the pairs (an index or mask tensor)."""
+        return Projection(self.point[pairs], self.index[pairs], self.multiplier[pairs], self.polar[pairs])
+
+    @staticmethod
+    def stack(parts: list[Projection]) -> Projection:
+        """One projection out of several, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        fields = zip(*((part.point, part.index, part.multiplier, part.polar) for part in parts), strict=True)
+        return Projection(*(torch.cat(field) for field in fields))
+
+
+@dataclass
+class Constraints:
+    """Polyhedra {y : diag(signs) X u >= rhs, u = basis y} of r pairs, which share the unit rows X up to sign.
+
+    Attributes
+    ----------
+    rows : Tensor of shape (n, d)
+    signs : Tensor of shape (r, n)
+    rhs : Tensor of shape (r, n) or None
+        None is zero: cones.
+    basis : Tensor of shape (r, d, d) or None
+        None is the identity.
+    """
+
+    rows: Tensor
+    signs: Tensor
+    rhs: Tensor | None = None
+    basis: Tensor | None = None
+
+    def select(self, pairs: Tensor) -> Constraints:
+        """The polyhedra of some of the pairs."""
+        rhs, basis = (None if part is None else part[pairs] for part in (self.rhs, self.basis))
+        return Constraints(self.rows, self.signs[pairs], rhs, basis)
+
+    def slack(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Slacks (r, n), and the norms (r,) of u that they are relative to."""
+        u = y if self.basis is None else _apply(self.basis, y)
+        slack = (u @ self.rows.T).mul_(self.signs)
+        return (slack if self.rhs is None else slack.sub_(self.rhs)), u.norm(dim=1)
+
+    def normals(self, pairs: Tensor, index: Tensor) -> Tensor:
+        """Normals (s, ..., d), in the coordinates y, of rows `index` (s, ...) of s pairs."""
+        pairs = pairs.view(-1, *[1] * (index.ndim - 1))
+        normals = self.rows[index] * self.signs[pairs, index].unsqueeze(-1)
+        return normals if self.basis is None else _apply(self.basis[pairs].mT, normals)
+
+    def bounds(self, pairs: Tensor, index: Tensor) -> Tensor:
+        """Right-hand sides (s,) of row `index` (s,) of s pairs."""
+        return self.signs.new_zeros(len(pairs)) if self.rhs is None else self.rhs[pairs, index]
+
+
+def project_cones(rows: Tensor, signs: Tensor, z: Tensor, start: Tensor | None = None) -> Projection:
+    """Project z onto the cones {u : diag(signs) rows u >= 0}.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (n, d)
+        Unit rows, float64.
+    signs : Tensor of shape (r, n)
+        +1 and -1, float64.
+    z : Tensor of shape (r, d)
+        Finite, float64, of any size.
+    start : Tensor of shape (r, a), long, optional
+        Rows guessed to be active, -1 for none.
+
+    Returns
+    -------
+    Projection
+        With a = min(d, n).
+    """
+    _, exponent = torch.frexp(z.abs().amax(1, keepdim=True))
+    scaled = torch.ldexp(z, -exponent)
+    constraints = Constraints(rows, signs)
+    found, status = solve(constraints, scaled, start)
+    size = scaled.norm(dim=1)
+    found.point[found.point.norm(dim=1) <= NEGLIGIBLE * size] = 0
+    doubtful = (status != SOLVED) | ((scaled + found.polar - found.point).norm(dim=1) > _ACCURATE * size)
+    for pair in doubtful.nonzero()[:, 0].tolist():
+        _finish(constraints, scaled, found, pair)
+    point, multiplier, polar = (torch.ldexp(part, exponent) for part in (found.point, found.multiplier, found.polar))
+    return Projection(point, found.index, multiplier, polar)
+
+
+def tangent(projection: Projection, normals: Tensor) -> Tensor:
+    """Orthogonal projectors (r, d, d) onto the null spaces of the active rows with positive multiplier.
+
+    They are elements of the generalised Jacobian of the projection; `normals` (r, a, d) are the active rows.
+    """
+    r, a, d = normals.shape
+    basis = normals.new_zeros(r, d, a)
+    for j in range(a):
+        _, rest = _split(basis, normals[:, j])
+        size = rest.norm(dim=1)
+        keep = (projection.multiplier[:, j] > 0) & (size > _DEPENDENT)
+        basis[:, :, j] = torch.where(keep, 1 / size, 0.0)[:, None] * torch.where(keep[:, None], rest, 0.0)
+    projector = -(basis @ basis.mT)
+    projector.diagonal(dim1=1, dim2=2).add_(1.0)
+    return projector
+
+
+def solve(
+    constraints: Constraints, z: Tensor, start: Tensor | None = None, tolerance: float = TOLERANCE
+) -> tuple[Projection, Tensor]:
+    """Minimise 1/2 ||y - z||^2 over the polyhedra of r pairs.
+
+    Parameters
+    ----------
+    constraints : Constraints
+    z : Tensor of shape (r, d)
+        Finite, with entries about 1.
+    start : Tensor of shape (r, a), long, optional
+        Rows guessed to be active, -1 for none.
+    tolerance : float
+        Violation allowed, relative to ||u||.
+
+    Returns
+    -------
+    projection : Projection
+        With a = min(d, n); `multiplier` and `polar` refer to the normals in the coordinates y.
+    status : Tensor of shape (r,), long
+        0 solved, 1 unfinished (dual feasible, violations left), 2 no feasible point.
+    """
+    sets = _ActiveSets(z, min(z.shape[1], constraints.rows.shape[0]), constraints.rhs is not None)
+    if sets.index.numel():
+        if start is not None and len(z):
+            sets.restore(constraints, torch.arange(len(z), device=z.device), start)
+        _iterate(constraints, sets, torch.arange(len(z), device=z.device), tolerance)
+        for _ in range(_RESTORES):
+            stale = (sets.stale & (sets.status != INFEASIBLE)).nonzero()[:, 0]
+            if not len(stale):
+                break
+            sets.restore(constraints, stale, sets.index[stale])
+            _iterate(constraints, sets, stale, tolerance)
+    multiplier, polar = sets.multipliers(constraints)
+    return Projection(sets.point, sets.index, multiplier, polar), sets.status
+
+
+def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _split(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients in an orthonormal basis (s, d, m), and the rest, orthogonal to it to rounding."""
+    coefficient = _apply(basis.mT, vector)
+    rest = vector - _apply(basis, coefficient)
+    correction = _apply(basis.mT, rest)
+    return coefficient + correction, rest - _apply(basis, correction)
+
+
+class _ActiveSets:
+    """Active rows of r pairs in slots, in any order: K_A^T = Q R, Q orthonormal; empty slots hold zeros.
+
+    `inverse` is R^-1. A row is dropped by the Householder reflection that turns the direction leaving the span
+    into its own slot, so R need not be triangular. `stale` marks pairs whose factors saw such an update.
+    """
+
+    def __init__(self, z: Tensor, width: int, shifted: bool) -> None:
+        r, d = z.shape
+        self.z, self.point, self.shifted = z, z.clone(), shifted
+        self.basis, self.inverse = z.new_zeros(r, d, width), z.new_zeros(r, width, width)
+        self.index = torch.full((r, width), -1, dtype=torch.long, device=z.device)
+        self.multiplier, self.bound = z.new_zeros(r, width), z.new_zeros(r, width)
+        self.stale = torch.zeros(r, dtype=torch.bool, device=z.device)
+        self.status = torch.zeros(r, dtype=torch.long, device=z.device)
+
+    def add(self, pairs: Tensor, slot: Tensor, row: Tensor, bound: Tensor, parts: tuple[Tensor, Tensor]) -> None:
+        """Put a row into an empty slot; `parts` are its coefficients in the active rows and the rest."""
+        direction, rest = parts
+        scale = 1 / rest.norm(dim=1, keepdim=True)
+        self.basis[pairs, :, slot] = rest * scale
+        self.inverse[pairs, : direction.shape[1], slot] = direction * -scale
+        self.inverse[pairs, slot, slot] = scale[:, 0]
+        self.index[pairs, slot] = row
+        self.bound[pairs, slot] = bound
+
+    def drop(self, pairs: Tensor, slot: Tensor) -> None:
+        """Empty a slot."""
+        basis, inverse = self.basis[pairs], self.inverse[pairs]
+        every = torch.arange(len(pairs), device=pairs.device)
+        mirror = inverse[every, slot]
+        mirror = mirror / mirror.norm(dim=1, keepdim=True)
+        mirror[every, slot] += torch.where(mirror[every, slot] < 0, -1.0, 1.0)
+        twice = 2 * mirror / (mirror * mirror).sum(1, keepdim=True)
+        basis -= _apply(basis, mirror)[:, :, None] * twice[:, None, :]
+        inverse -= _apply(inverse, mirror)[:, :, None] * twice[:, None, :]
+        basis[every, :, slot], inverse[every, :, slot], inverse[every, slot] = 0.0, 0.0, 0.0
+        self.basis[pairs], self.inverse[pairs] = basis, inverse
+        self.index[pairs, slot] = -1
+        self.multiplier[pairs, slot], self.bound[pairs, slot] = 0.0, 0.0
+        self.stale[pairs] = True
+
+    def solution(self, pairs: Tensor) -> None:
+        """Point and multipliers of min 1/2 ||y - z||^2 s.t. K_A y = b_A."""
+        basis, inverse, z = self.basis[pairs], self.inverse[pairs], self.z[pairs]
+        level = _apply(inverse.mT, self.bound[pairs]) if self.shifted else 0.0
+        step = level - _apply(basis.mT, z)
+        point = z + _apply(basis, step)
+        correction = level - _apply(basis.mT, point)
+        self.point[pairs] = point + _apply(basis, correction)
+        self.multiplier[pairs] = _apply(inverse, step + correction)
+
+    def settle(self, pairs: Tensor, width: int) -> None:
+        """Remove the rounding error of the active slacks (the first `width` slots hold all of them)."""
+        basis, point = self.basis[:, :, :width][pairs], self.point[pairs]
+        level = _apply(self.inverse[:, :width, :width][pairs].mT, self.bound[pairs, :width]) if self.shifted else 0.0
+        self.point[pairs] = point + _apply(basis, level - _apply(basis.mT, point))
+
+    def factor(self, constraints: Constraints, pairs: Tensor, index: Tensor) -> None:
+        """Factors of the given active rows from scratch, without those that depend on others."""
+        for part in (self.basis, self.inverse, self.bound, self.multiplier):
+            part[pairs] = 0.0
+        self.index[pairs] = -1
+        index = index.sort(dim=1, descending=True).values
+        for j in range(min(self.index.shape[1], int((index >= 0).sum(1).max()))):
+            row = index[:, j]
+            normal = constraints.normals(pairs, row.clamp_min(0))
+            coefficient, rest = _split(self.basis[pairs], normal)
+            keep = ((row >= 0) & (rest.norm(dim=1) > _DEPENDENT * normal.norm(dim=1))).nonzero()[:, 0]
+            bound = constraints.bounds(pairs[keep], row[keep])
+            direction = _apply(self.inverse[pairs[keep]], coefficient[keep])
+            self.add(pairs[keep], torch.full_like(keep, j), row[keep], bound, (direction, rest[keep]))
+        self.solution(pairs)
+        self.stale[pairs] = False
+
+    def restore(self, constraints: Constraints, pairs: Tensor, index: Tensor) -> None:
+        """Factors of (a subset of) the given rows, such that all multipliers are non-negative."""
+        self.factor(constraints, pairs, index)
+        negative = pairs
+        while len(negative):
+            least, slot = self.multiplier[negative].min(dim=1)
+            wrong = least < -_NEGATIVE * self.multiplier[negative].abs().amax(1)
+            negative, slot = negative[wrong], slot[wrong]
+            self.drop(negative, slot)
+            self.solution(negative)
+        changed = pairs[self.stale[pairs]]
+        if len(changed):
+            self.factor(constraints, changed, self.index[changed])
+        self.multiplier[pairs] = self.multiplier[pairs].clamp_min(0)
+
+    def multipliers(self, constraints: Constraints) -> tuple[Tensor, Tensor]:
+        """Multipliers after one step of refinement, and K^T lambda formed from them."""
+        pairs = torch.arange(len(self.z), device=self.z.device)
+        active = (self.index >= 0).to(self.z.dtype)
+        normals = constraints.normals(pairs, self.index.clamp_min(0)) * active[:, :, None]
+        error = self.point - self.z - _apply(normals.mT, self.multiplier)
+        correction = _apply(self.inverse, _apply(self.basis.mT, error))
+        multiplier = (self.multiplier + correction * active).clamp_min(0)
+        return multiplier, _apply(normals.mT, multiplier)
+
+
+def _iterate(constraints: Constraints, sets: _ActiveSets, pairs: Tensor, tolerance: float) -> None:
+    """Goldfarb-Idnani steps for `pairs` until each is feasible, or known not to end."""
+    floor = NEGLIGIBLE * sets.z.norm(dim=1) if constraints.rhs is None else sets.z.new_full((len(sets.z),), -1.0)
+    sets.status[pairs] = UNFINISHED
+    part = constraints if len(pairs) == len(sets.z) else constraints.select(pairs)
+    for _ in range(_ROUNDS * (sets.index.shape[1] + 1)):
+        slack, size = part.slack(sets.point[pairs])
+        least, row = slack.min(dim=1)
+        unsolved = (least < -tolerance * size) & (size > floor[pairs])
+        sets.status[pairs[~unsolved]] = SOLVED
+        unsolved &= (sets.index[pairs] != row[:, None]).all(1)
+        going = unsolved.nonzero()[:, 0]
+        if len(going) < len(pairs):
+            pairs, row, part = pairs[going], row[going], part.select(going)
+        if not len(pairs):
+            return
+        ended = _include(part, sets, pairs, row)
+        if len(ended):
+            sets.status[pairs[ended]] = UNFINISHED if constraints.rhs is None else INFEASIBLE
+            going = torch.ones_like(pairs, dtype=torch.bool)
+            going[ended] = False
+            going = going.nonzero()[:, 0]
+            pairs, part = pairs[going], part.select(going)
+
+
+def _include(part: Constraints, sets: _ActiveSets, pairs: Tensor, row: Tensor) -> Tensor:
+    """Steps that make a violated row of each pair active; returns which (positions) cannot."""
+    local = torch.arange(len(pairs), device=pairs.device)
+    normal, bound = part.normals(local, row), part.bounds(local, row)
+    size = normal.norm(dim=1)
+    weight = torch.zeros_like(bound)  # the multiplier of the new row
+    stuck = []
+    while len(local):
+        who, normal_now = pairs[local], normal[local]
+        occupied = sets.index[who] >= 0
+        width = int((occupied.any(0).int() * torch.arange(1, occupied.shape[1] + 1, device=who.device)).max())
+        coefficient, rest = _split(sets.basis[:, :, :width][who], normal_now)
+        direction = _apply(sets.inverse[:, :width, :width][who], coefficient)
+        square = (rest * rest).sum(1)
+        dependent = (square <= (_DEPENDENT * size[local]) ** 2) | occupied.all(1)
+        gap = (bound[local] - (normal_now * sets.point[who]).sum(1)).clamp_min(0)
+        full = torch.where(dependent, torch.inf, gap / square)
+        multiplier = sets.multiplier[who, :width]
+        if width:
+            largest = direction.abs().amax(1, keepdim=True)
+            blocking = occupied[:, :width] & (direction > _NEGATIVE * largest)
+            partial, slot = torch.where(blocking, multiplier / direction, torch.inf).min(dim=1)
+        else:
+            partial, slot = torch.full_like(full, torch.inf), torch.zeros_like(who)
+        step = torch.minimum(partial, full)
+        ends, adds = step.isinf(), full <= partial
+        stuck.append(local[ends])
+        length = torch.where(ends, 0.0, step)[:, None]
+        sets.multiplier[who, :width] = (multiplier - length * direction).clamp_min(0)
+        sets.point[who] += torch.where(dependent[:, None], 0.0, length * rest)
+        weight[local] += length[:, 0]
+        adding, dropping = (adds & ~ends).nonzero()[:, 0], (~adds).nonzero()[:, 0]
+        if len(adding):
+            who_adds, free = who[adding], occupied[adding].int().argmin(1)
+            parts = (direction[adding], rest[adding])
+            sets.add(who_adds, free, row[local[adding]], bound[local[adding]], parts)
+            sets.multiplier[who_adds, free] = weight[local[adding]]
+            sets.settle(who_adds, min(width + 1, occupied.shape[1]))
+        if len(dropping):
+            sets.drop(who[dropping], slot[dropping])
+        local = local[dropping]
+    return torch.cat(stuck)
+
+
+def _finish(constraints: Constraints, z: Tensor, found: Projection, pair: int) -> None:
+    """Solve one pair by `scipy.optimize.nnls`, keep the better multipliers, and make the point feasible."""
+    here = torch.tensor([pair], device=z.device)
+    part, target = constraints.select(here), z[here]
+    normals = part.rows * part.signs[0][:, None]
+    try:
+        weights = torch.as_tensor(nnls(normals.T.cpu().numpy(), -target[0].cpu().numpy())[0]).to(z)
+    except RuntimeError:  # too many iterations; the multipliers found so far stay a bound
+        weights = z.new_zeros(len(normals))
+    largest = weights.topk(found.index.shape[1])
+    index = largest.indices.masked_fill(largest.values <= 0, -1)[None]
+    sets = _ActiveSets(target, index.shape[1], False)
+    sets.restore(part, torch.zeros_like(here), index)
+    choices = [(found.index[pair], found.multiplier[pair]), (index[0], largest.values)]
+    choices.append((sets.index[0], sets.multipliers(part)[0][0]))
+    polars = torch.stack([(normals[rows.clamp_min(0)] * weight[:, None]).sum(0) for rows, weight in choices])
+    best = int((target + polars).norm(dim=1).argmin())
+    found.index[pair], found.multiplier[pair] = choices[best]
+    found.polar[pair] = polars[best]
+    found.point[pair] = _feasible(normals, target[0] + polars[best], float(target.norm()))
+
+
+def _feasible(normals: Tensor, point: Tensor, size: float) -> Tensor:
+    """A point of the cone near `point`: orthogonal to every row found violated on the way."""
+    basis = point.new_zeros(1, len(point), 0)
+    while float(point.norm()) > NEGLIGIBLE * size:
+        least, row = (normals @ point).min(dim=0)
+        if float(least) >= -TOLERANCE * float(point.norm()):
+            return point
+        rest = _split(basis, normals[row][None])[1]
+        if basis.shape[2] == len(point) or float(rest.norm()) <= _DEPENDENT:
+            break
+        basis = torch.cat([basis, (rest / rest.norm())[:, :, None]], dim=2)
+        point = _split(basis, point[None])[1][0]
+    return torch.zeros_like(point)
