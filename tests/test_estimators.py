@@ -220,7 +220,7 @@ def test_nan_and_infinity(bad):
     ("options", "message"),
     [
         ({"loss": "hinge"}, "loss is 'hinge'; one of 'squared', 'cross_entropy', 'huber', 'logistic'"),
-        ({"activation": "relu"}, "activation is 'relu'"),
+        ({"activation": "sigmoid"}, "activation is 'sigmoid'"),
         ({"n_gates": 0}, "n_gates is 0"),
         ({"beta": -1}, "beta is -1"),
         ({"tol": -1}, "tol is -1"),

@@ -200,7 +200,6 @@ def test_data_are_copied():
 
 BAD = {
     "activation": [{"activation": "tanh"}, {"activation": None}],
-    "relu": [{"activation": "relu"}],
     "gates": [{"gates": np.ones((4, 2))}, {"gates": "all"}, {"gates": np.full((3, 1), np.nan)}, {"gates": np.ones(3)}],
     "gates are given": [{"activation": "linear", "gates": np.eye(3)}],
     "n_gates": [{"n_gates": 0}, {"n_gates": 1.5}, {"n_gates": None}],

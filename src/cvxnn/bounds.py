@@ -34,7 +34,7 @@ class DualBound:
         return float(self.norms_upper.max())
 
 
-def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
+def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None) -> DualBound:
     """Lower bound -F*(s nu) with the best s, |s| q(nu) <= beta, rounding subtracted.
 
     Parameters
@@ -42,6 +42,8 @@ def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
     nu : torch.Tensor of shape (n, c), float64
         Any dual direction; with an output bias it must come from ``center_dual``.
         What rounding leaves of 1^T nu = 0 is covered by :func:`intercept_leak`.
+    seconds : float, optional
+        About so long to spend on the dual norms of ReLU problems; the bound is sound however early they stop.
 
     Notes
     -----
@@ -49,7 +51,7 @@ def dual_bound(problem: Problem, nu: torch.Tensor) -> DualBound:
     """
     nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
     error, leak_size = _adjoint_error(problem, nu)
-    lower, upper = problem.dual_norms(nu, error)
+    lower, upper = problem.dual_norms(nu, error, seconds)
     bound = _best_multiple(problem, nu, float(upper.max()), leak_size)
     return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent))
 

@@ -180,6 +180,7 @@ def certify(
     factors: tuple[Any, Any] | None = None,
     intercept: Any = None,
     dual: Any = None,
+    seconds: float | None = None,
 ) -> Certificate:
     """Certificate of any point, stationary or not.
 
@@ -194,6 +195,9 @@ def certify(
         The unpenalised intercept; minimised out where none is given.
     dual : array-like of shape (n, c), or list of them, optional
         Further dual candidates (such as ``result.dual``); the best lower bound counts.
+    seconds : float, optional
+        About so long to spend on each dual norm of a ReLU problem with several outputs and a rank above two,
+        where tight bounds are dear; what is not looked at has the bound of the spectral norm.
 
     Returns
     -------
@@ -208,10 +212,10 @@ def certify(
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     point = evaluate(problem, Z, factors=factors, intercept=intercept)
     nu = problem.dual_candidate(point.predictions)
-    natural = dual_bound(problem, nu)
+    natural = dual_bound(problem, nu, seconds)
     lower = natural.lower_bound
     for candidate in _candidates(problem, dual):
-        lower = max(lower, dual_bound(problem, candidate).lower_bound)
+        lower = max(lower, dual_bound(problem, candidate, seconds).lower_bound)
     stationarity = _stationarity(problem, point, nu)
     ratios = natural.norms_upper / problem.beta
     gap = relative_gap(point.primal, lower)

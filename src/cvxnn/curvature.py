@@ -16,7 +16,7 @@ from cvxnn.columns import Columns
 from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
 
-__all__ = ["Curvature", "FactorHessian", "smallest_curvature"]
+__all__ = ["ColumnHessian", "Curvature", "FactorHessian", "Pair", "smallest_curvature", "smallest_pair"]
 
 #: Up to so many variables the Hessian is formed, by products with unit vectors.
 DENSE_SIZE = 200
@@ -69,13 +69,8 @@ class Curvature:
         return {name: getattr(self, name) for name in names}
 
 
-def _flat(u: torch.Tensor, v: torch.Tensor) -> np.ndarray:
-    """Changes of the columns as one vector."""
-    return torch.cat([u.reshape(-1), v.reshape(-1)]).cpu().numpy()
-
-
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """A unit vector, its Rayleigh quotient, and how far it is from an eigenvector."""
 
     value: float
@@ -83,13 +78,8 @@ class _Pair:
     vector: np.ndarray
 
 
-class FactorHessian:
-    """The Hessian of (14) in (U, V), float64, with an intercept minimised out (its Schur complement).
-
-    The objective is unchanged by U_k W, V_k W with an orthogonal W, so the spectrum is that at the factors
-    rotated to orthogonal columns. Of these the zero ones decouple: each has the Hessian
-    [[beta I, G_k], [G_k^T, beta I]], whose smallest eigenvalue is beta - ||G_k||_2. Only the others are
-    variables here.
+class ColumnHessian:
+    """The Hessian of (14) in a list of columns, float64, with an intercept minimised out (its Schur complement).
 
     An unpenalised intercept b has the positive semidefinite Hessian H_bb, whose null space is in that of
     H_xb. So the whole Hessian has a negative eigenvalue exactly where H_xx - H_xb H_bb^+ H_bx has one.
@@ -98,29 +88,19 @@ class FactorHessian:
     ----------
     problem : Problem
         With the norms ("l2", "l2").
-    U, V : torch.Tensor of shapes (P, p, m) and (P, q, m), float64
+    columns : Columns
+        In float64.
     intercept : torch.Tensor of shape (c,), float64
     """
 
-    def __init__(self, problem: Problem, U: torch.Tensor, V: torch.Tensor, intercept: torch.Tensor) -> None:
+    def __init__(self, problem: Problem, columns: Columns, intercept: torch.Tensor) -> None:
         self.beta = problem.beta
         self.loss = FactoredLoss(problem, double=True)
+        self.columns = columns
         self.intercept = intercept
-        stacked = torch.cat([U, V], dim=1)
-        triangle = torch.linalg.qr(stacked, mode="r")[1]
-        #: Rotations (P, m, m): the columns of [U_k; V_k] rotation_k are orthogonal, the largest first.
-        self.rotation = torch.linalg.svd(triangle, full_matrices=True)[2].mT
-        rotated = stacked @ self.rotation
-        sizes = torch.linalg.vector_norm(rotated, dim=1)
-        #: Which rotated columns are not zero, (P, m).
-        self.kept = sizes > _ZERO_COLUMN * sizes.max()
-        rows = rotated.mT[self.kept]
-        gate, self.place = self.kept.nonzero(as_tuple=True)
-        self.columns = Columns(gate, rows[:, : U.shape[1]].contiguous(), rows[:, U.shape[1] :].contiguous())
-        self.sizes = sizes[self.kept]
         self.n_products = 0
         self._coupling: np.ndarray | None = None
-        if problem.output_bias and len(self.columns) > 0:
+        if problem.output_bias and len(columns) > 0:
             self._eliminate_intercept()
 
     @property
@@ -135,11 +115,15 @@ class FactorHessian:
         parts, own = [], []
         for unit in torch.eye(c, dtype=torch.float64, device=self.intercept.device):
             slopes = self.loss.hessian_product(columns, self.intercept, zero_u, zero_v, unit)
-            parts.append(_flat(slopes.left, slopes.right))
+            parts.append(self.join(slopes.left, slopes.right))
             own.append(slopes.intercept.cpu().numpy())
         H = np.array(own)
         self._coupling = np.array(parts).T
         self._inverse = np.linalg.pinv((H + H.T) / 2, rcond=1e-13, hermitian=True)
+
+    def join(self, u: torch.Tensor, v: torch.Tensor) -> np.ndarray:
+        """Slopes (r, p) and (r, q) of the columns as one vector."""
+        return torch.cat([u.reshape(-1), v.reshape(-1)]).cpu().numpy()
 
     def split(self, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """A vector as the changes (r, p) and (r, q) of the columns."""
@@ -153,17 +137,55 @@ class FactorHessian:
         x = np.asarray(x).reshape(-1)
         du, dv = self.split(x)
         slopes = self.loss.hessian_product(self.columns, self.intercept, du, dv)
-        out = _flat(slopes.left + self.beta * du, slopes.right + self.beta * dv)
+        out = self.join(slopes.left + self.beta * du, slopes.right + self.beta * dv)
         if self._coupling is not None:
             out -= self._coupling @ (self._inverse @ (self._coupling.T @ x))
         return out
 
-    def rayleigh(self, x: np.ndarray) -> _Pair:
+    def rayleigh(self, x: np.ndarray) -> Pair:
         """The Rayleigh quotient of a vector that is not zero."""
         x = x / np.linalg.norm(x)
         image = self.product(x)
         value = float(x @ image)
-        return _Pair(value, float(np.linalg.norm(image - value * x)), x)
+        return Pair(value, float(np.linalg.norm(image - value * x)), x)
+
+    def shares(self, x: np.ndarray) -> torch.Tensor:
+        """What each gate has of ||x||^2."""
+        du, dv = self.split(x)
+        weights = (du.square().sum(1) + dv.square().sum(1)).cpu()
+        return torch.bincount(self.columns.gate.cpu(), weights=weights)
+
+
+class FactorHessian(ColumnHessian):
+    """The Hessian of (14) in (U, V) without constraints.
+
+    The objective is unchanged by U_k W, V_k W with an orthogonal W, so the spectrum is that at the factors
+    rotated to orthogonal columns. Of these the zero ones decouple: each has the Hessian
+    [[beta I, G_k], [G_k^T, beta I]], whose smallest eigenvalue is beta - ||G_k||_2. Only the others are
+    variables here.
+
+    Parameters
+    ----------
+    problem : Problem
+        With the norms ("l2", "l2").
+    U, V : torch.Tensor of shapes (P, p, m) and (P, q, m), float64
+    intercept : torch.Tensor of shape (c,), float64
+    """
+
+    def __init__(self, problem: Problem, U: torch.Tensor, V: torch.Tensor, intercept: torch.Tensor) -> None:
+        stacked = torch.cat([U, V], dim=1)
+        triangle = torch.linalg.qr(stacked, mode="r")[1]
+        #: Rotations (P, m, m): the columns of [U_k; V_k] rotation_k are orthogonal, the largest first.
+        self.rotation = torch.linalg.svd(triangle, full_matrices=True)[2].mT
+        rotated = stacked @ self.rotation
+        sizes = torch.linalg.vector_norm(rotated, dim=1)
+        #: Which rotated columns are not zero, (P, m).
+        self.kept = sizes > _ZERO_COLUMN * sizes.max()
+        rows = rotated.mT[self.kept]
+        gate, self.place = self.kept.nonzero(as_tuple=True)
+        self.sizes = sizes[self.kept]
+        columns = Columns(gate, rows[:, : U.shape[1]].contiguous(), rows[:, U.shape[1] :].contiguous())
+        super().__init__(problem, columns, intercept)
 
     def to_factors(self, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """A vector as changes of (U, V), rotated back."""
@@ -183,7 +205,7 @@ class FactorHessian:
         chosen = inside[self.sizes[inside].argmin()]
         du, dv = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
         du[chosen], dv[chosen] = u, -v
-        return _flat(du, dv)
+        return self.join(du, dv)
 
 
 def smallest_curvature(
@@ -222,13 +244,14 @@ def smallest_curvature(
     if hessian.size == 0:
         assert free is not None
         return free
-    found, converged, scale, method = _smallest_pair(hessian, nu, dual_norms, tolerance, max_products)
+    used = torch.where(hessian.kept.any(1), dual_norms, -1.0)
+    gate = int(used.argmax())
+    seed = hessian.towards(gate, *_top_pair(hessian, nu, gate)[1:])
+    found, converged, scale, method = smallest_pair(hessian, seed, tolerance, max_products)
     if free is not None and free.value <= found.value:
         scale = max(scale, free.scale)
         return dataclasses.replace(free, converged=converged, scale=scale, n_products=hessian.n_products)
-    du, dv = hessian.split(found.vector)
-    weights = (du.square().sum(1) + dv.square().sum(1)).cpu()
-    shares = torch.bincount(hessian.columns.gate.cpu(), weights=weights)
+    shares = hessian.shares(found.vector)
     return Curvature(
         value=found.value,
         residual=found.residual,
@@ -268,21 +291,26 @@ def _free_column(hessian: FactorHessian, nu: torch.Tensor, dual_norms: torch.Ten
     return Curvature(value, residual, True, gate, 1.0, "free column", 0, scale, direction)
 
 
-def _smallest_pair(
-    hessian: FactorHessian, nu: torch.Tensor, dual_norms: torch.Tensor, tolerance: float, max_products: int
-) -> tuple[_Pair, bool, float, str]:
-    """The pair, whether it converged, the scale of the Hessian, and the method."""
+def smallest_pair(
+    hessian: ColumnHessian, seed: np.ndarray, tolerance: float, max_products: int
+) -> tuple[Pair, bool, float, str]:
+    """The pair, whether it converged, the scale of the Hessian, and the method.
+
+    Parameters
+    ----------
+    seed : array of shape (N,)
+        Where the Lanczos method starts; not zero.
+    """
     N = hessian.size
     if N <= DENSE_SIZE:
         H = np.array([hessian.product(unit) for unit in np.eye(N)])
         values, vectors = np.linalg.eigh((H + H.T) / 2)
         return hessian.rayleigh(vectors[:, 0]), True, float(np.abs(values).max()), "dense"
-    used = torch.where(hessian.kept.any(1), dual_norms, -1.0)
-    gate = int(used.argmax())
-    seed = hessian.rayleigh(hessian.towards(gate, *_top_pair(hessian, nu, gate)[1:]))
     noise = np.random.default_rng(0).standard_normal(N)
     scale = _norm_estimate(hessian.product, noise)
-    found, converged = _lanczos(hessian, seed, noise, scale, max(tolerance, 4 * _EPS * scale), max_products)
+    found, converged = _lanczos(
+        hessian, hessian.rayleigh(seed), noise, scale, max(tolerance, 4 * _EPS * scale), max_products
+    )
     return found, converged, scale, "lanczos"
 
 
@@ -298,8 +326,8 @@ def _norm_estimate(product: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -
 
 
 def _lanczos(
-    hessian: FactorHessian, seed: _Pair, noise: np.ndarray, scale: float, tolerance: float, max_products: int
-) -> tuple[_Pair, bool]:
+    hessian: ColumnHessian, seed: Pair, noise: np.ndarray, scale: float, tolerance: float, max_products: int
+) -> tuple[Pair, bool]:
     """ARPACK on H - scale I, where its relative tolerance is one of the residual even for eigenvalues near zero.
 
     A first stage has a loose tolerance: a clearly negative eigenvalue needs no more digits, and where the second one

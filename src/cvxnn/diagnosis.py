@@ -7,30 +7,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cvxnn.certificates import STATIONARITY_TOLERANCE, Certificate, certify, evaluate, relative_gap
-from cvxnn.curvature import Curvature, smallest_curvature
+from cvxnn.certificates import STATIONARITY_TOLERANCE, Certificate, certify, evaluate
+from cvxnn.cone_points import FaceFacts
+from cvxnn.cone_witness import DescentNeuron
+from cvxnn.curvature import Curvature
 from cvxnn.errors import InvalidInputError
+from cvxnn.judgement import Options, judge_cones, judge_factors
 from cvxnn.problem import Problem
-from cvxnn.stationarity import (
-    GateDiagnosis,
-    examine_gates,
-    is_constrained,
-    is_smooth,
-    overall_balance,
-    residuals,
-    spectral_norms,
-)
-from cvxnn.theorems import PointFacts, Theorem, not_minimum, short, theorems, verdict
+from cvxnn.stationarity import GateDiagnosis, overall_balance
+from cvxnn.theorems import Theorem, short
+from cvxnn.true_gap import true_gap
 from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["Diagnosis", "diagnose"]
 
-_EPS = 2.0**-53
 _SHOWN_GATES = 8
-
-
-#: An optimum may be above the objective by this fraction of it, as it may have been computed roughly.
-_SLACK = 1e-3
+#: About so long is spent on each dual norm of ReLU problems where tight bounds are dear.
+_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +32,8 @@ class Diagnosis:
 
     Attributes
     ----------
-    status : {"global_optimum", "not_stationary", "saddle", "local_minimum", "undecided"}
-        "local_minimum" is meant as far as second order tells.
+    status : {"global_optimum", "not_stationary", "saddle", "local_minimum", "undecided", "infeasible"}
+        "local_minimum" is meant as far as second order tells, unless ``faces.proven``.
     verdict, advice : str
         The status in words, and what follows from it.
     certificate : Certificate
@@ -48,15 +41,18 @@ class Diagnosis:
         ``stationarity <= tol``.
     stationarity : float
         The residuals (68), (69) together, relative to beta times the size of the factors, or that of the intercept
-        where it is larger; for norms other than l2 a radial residual, their inner product with the columns.
+        where it is larger; for ReLU (72) in place of (68), and infinite for points outside the cones; for norms
+        other than l2 a radial residual, their inner product with the columns.
     residual_left, residual_right, residual_intercept : float or None
-        (68), (69), and the gradient in the intercept relative to its terms; None where there is none.
+        (68) or (72), (69), and the gradient in the intercept relative to its terms; None where there is none.
     balance : float
         The largest imbalance of a gate, relative to the largest gate.
     m, d_c, d_r : int
         Columns per gate, and the lengths of the columns of U_k and V_k.
     curvature : Curvature or None
-        The smallest eigenvalue of the Hessian; None for norms other than l2, and where it was not asked for.
+        The smallest eigenvalue of the Hessian; None for norms other than l2, and where it was not asked for. For
+        ReLU that on the faces of the cones, or that of a column of zeros, where they were needed; where it is
+        negative, its direction stays in the cones.
     curvature_threshold : float
         Eigenvalues above minus this are not told from zero (rotations of the factors have zero).
     duality_gap : float
@@ -67,8 +63,14 @@ class Diagnosis:
         Bounds of (p - p*) / p*, from `optimum`; equal where it was a number.
     theorems : tuple of Theorem
     gates : tuple of GateDiagnosis
+        Of ReLU problems with more than 2,000 gates those with columns, and the worst ones.
     unavailable : tuple of str
         Parts that this kind of problem does not have, and why.
+    faces : FaceFacts or None
+        For ReLU, how the columns lie in their cones; None unless the point is stationary and not known to be a
+        global optimum.
+    witness : DescentNeuron or None
+        For ReLU, a neuron that lowers the objective when it is added as a further column.
     """
 
     status: str
@@ -96,6 +98,8 @@ class Diagnosis:
     theorems: tuple[Theorem, ...]
     gates: tuple[GateDiagnosis, ...] = dataclasses.field(repr=False)
     unavailable: tuple[str, ...] = ()
+    faces: FaceFacts | None = None
+    witness: DescentNeuron | None = None
 
     @property
     def thresholds(self) -> dict[str, int]:
@@ -108,13 +112,15 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON; infinities and NaN become None, the direction of the eigenvector is left out."""
-        nested = ("certificate", "curvature", "theorems", "gates")
+        nested = ("certificate", "curvature", "theorems", "gates", "faces", "witness")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in nested}
         fields["thresholds"] = self.thresholds
         fields["certificate"] = self.certificate.to_dict()
         fields["curvature"] = None if self.curvature is None else self.curvature.to_dict()
         fields["theorems"] = [dataclasses.asdict(entry) for entry in self.theorems]
         fields["gates"] = [dataclasses.asdict(entry) for entry in self.gates]
+        fields["faces"] = None if self.faces is None else dataclasses.asdict(self.faces)
+        fields["witness"] = None if self.witness is None else self.witness.to_dict()
         return _json(fields)
 
     def table(self) -> str:
@@ -126,10 +132,18 @@ class Diagnosis:
     def __str__(self) -> str:
         return self.table()
 
+    @property
+    def _left_name(self) -> str:
+        return "(72)" if self.activation == "relu" else "(68)"
+
     def _facts(self) -> list[str]:
         cert, curvature = self.certificate, self.curvature
         kind = "" if self.norm == "nuclear" else "radial, "
-        parts = [("(68)", self.residual_left), ("(69)", self.residual_right), ("intercept", self.residual_intercept)]
+        parts = [
+            (self._left_name, self.residual_left),
+            ("(69)", self.residual_right),
+            ("intercept", self.residual_intercept),
+        ]
         parts_text = "".join(f", {name} {value:.1e}" for name, value in parts if value is not None)
         answer = "stationary" if self.stationary else "not stationary"
         bound = f"none: stationarity is above {min(self.tol, STATIONARITY_TOLERANCE):g}"
@@ -154,6 +168,7 @@ class Diagnosis:
             ("columns per gate", f"m = {self.m}, min(d_c, d_r) = {min(self.d_c, self.d_r)}, "
              f"d_c + d_r = {self.d_c + self.d_r}"),
             ("rank of [U; V]", ", ".join(f"{rank} in {_count(ranks.count(rank))}" for rank in sorted(set(ranks)))),
+            *self._cone_rows(),
             ("smallest eigenvalue", eigenvalue),
             ("Theorem 3.4", bound),
             ("duality gap", f"{self.duality_gap:.2e}"),
@@ -162,6 +177,17 @@ class Diagnosis:
         rows += [("not available", text) for text in self.unavailable]
         width = max(len(name) for name, _ in rows)
         return [f"{name:<{width}}  {text}" for name, text in rows]
+
+    def _cone_rows(self) -> list[tuple[str, str]]:
+        """What there is for ReLU only."""
+        rows = []
+        if self.activation == "relu":
+            rows.append(("outside the cones", f"{self.certificate.infeasibility:.1e}"))
+        if self.faces is not None:
+            rows += _face_rows(self.faces)
+        if self.witness is not None:
+            rows.append(("witness", _witness_text(self.witness)))
+        return rows
 
     def _theorem_lines(self) -> list[str]:
         width = max(len(entry.name) for entry in self.theorems)
@@ -173,7 +199,8 @@ class Diagnosis:
 
     def _gate_lines(self) -> list[str]:
         worst = sorted(self.gates, key=lambda entry: -entry.dual_norm_ratio)[:_SHOWN_GATES]
-        lines = ["gate  ||G_k||/beta  rank U  rank V      (68)      (69)   balance  eigenvalue at most"]
+        name = self._left_name
+        lines = [f"gate  ||G_k||/beta  rank U  rank V      {name}      (69)   balance  eigenvalue at most"]
         for entry in worst:
             left, right, bound = map(_cell, (entry.residual_left, entry.residual_right, entry.curvature_bound))
             lines.append(
@@ -183,6 +210,8 @@ class Diagnosis:
         if len(worst) < len(self.gates):
             violated = sum(entry.dual_norm_ratio > 1 + self.tol for entry in self.gates)
             lines.append(f"the worst {len(worst)} of {len(self.gates)} gates; {violated} have ||G_k|| > beta")
+        if self.activation == "relu":
+            lines.append("||G_k|| is the largest ||G_k^T u|| of unit vectors u in the cone, or a bound of it")
         return lines
 
 
@@ -197,8 +226,11 @@ def diagnose(
     curvature_tol: float = 1e-5,
     second_order: bool = True,
     max_products: int = 5000,
+    padding: bool = False,
 ) -> Diagnosis:
     """What is known about a point of the Burer-Monteiro objective (14), in float64 at exactly the factors given.
+
+    For ReLU that is (19): the columns are in the cones of their gates.
 
     Parameters
     ----------
@@ -220,6 +252,10 @@ def diagnose(
         Whether the Hessian is looked at.
     max_products : int
         About so many Hessian-vector products at most.
+    padding : bool
+        For ReLU, whether columns of zeros only fill the factors up to the same number in every gate. Otherwise they
+        are columns that can move; but with all gates enumerated, where the point is a network, gates of zeros alone
+        are always padding, as they hold none of its neurons.
 
     Returns
     -------
@@ -234,57 +270,50 @@ def diagnose(
     -----
     Theorems 3.3 and 3.5 of the paper, and the numbers of columns that follow from them, are applied to linear and
     gated ReLU networks with l2 norms only, and to all gates together only (math section 3).
+
+    With all gates of a ReLU problem enumerated, "local_minimum" is one of the network: its neurons may cross from
+    cell to cell.
     """
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     tol, curvature_tol = check_positive(tol, "tol"), check_positive(curvature_tol, "curvature_tol")
     second_order = check_flag(second_order, "second_order")
     check_integer(max_products, "max_products")
+    padding = check_flag(padding, "padding")
     factors, intercept, dual = _read_result(factors, intercept, dual)
     point = evaluate(problem, factors=factors, intercept=intercept)
     assert point.factors is not None
     if point.factors[0].shape[2] == 0:
         raise InvalidInputError("factors have no columns (m = 0); at least one per gate is wanted")
-    certificate = certify(problem, factors=point.factors, intercept=point.intercept, dual=dual)
-    true_gap = _true_gap(problem, optimum, certificate)
-    nu = problem.loss.gradient(point.predictions, problem.Y64, problem.weights)
-    found = residuals(problem, point, certificate, nu)
-    norms = spectral_norms(problem, nu) if is_smooth(problem) else None
-    gates = examine_gates(problem, point, certificate, norms, found)
-    curvature, threshold = None, curvature_tol * problem.beta
-    if second_order and norms is not None and math.isfinite(found.overall):
-        curvature = smallest_curvature(
-            problem, *point.factors, point.intercept, nu, norms, tolerance=10 * threshold, max_products=max_products
-        )
-        threshold += 64 * _EPS * curvature.scale
-    stationary = found.overall <= tol
-    facts = PointFacts(
-        activation=problem.activation,
-        norm=problem.norm.name,
-        m=point.factors[0].shape[2],
-        d_c=point.factors[0].shape[1],
-        d_r=point.factors[1].shape[1],
-        ratios=certificate.gate_ratios,
-        ranks_left=[gate.rank_left for gate in gates],
-        ranks_right=[gate.rank_right for gate in gates],
-        ranks=[gate.rank for gate in gates],
-        stationary=stationary,
-        not_minimum=not_minimum(stationary, curvature, threshold),
-        theorem_bound=certificate.theorem_bound if stationary and not is_constrained(problem) else None,
-        tol=tol,
+    relu = problem.activation == "relu"
+    if padding and not relu:
+        raise InvalidInputError(f"padding is True for activation {problem.activation!r}; it is for 'relu' only")
+    certificate = certify(
+        problem,
+        factors=point.factors,
+        intercept=point.intercept,
+        dual=dual,
+        seconds=_SECONDS if relu else None,
     )
-    entries = theorems(facts)
-    status, sentence, advice = verdict(facts, entries, certificate, found.overall, curvature)
+    gap = true_gap(problem, optimum, certificate)
+    nu = problem.loss.gradient(point.predictions, problem.Y64, problem.weights)
+    options = Options(tol, curvature_tol, second_order, max_products, padding)
+    judged = (
+        judge_cones(problem, point, certificate, nu, options, gap)
+        if relu
+        else judge_factors(problem, point, certificate, nu, options)
+    )
+    found, facts = judged.found, judged.facts
     return Diagnosis(
-        status=status,
-        verdict=sentence,
-        advice=advice,
+        status=judged.status,
+        verdict=judged.verdict,
+        advice=judged.advice,
         activation=problem.activation,
         norm=problem.norm.name,
         scope=problem.scope,
         tol=tol,
         certificate=certificate,
-        stationary=stationary,
+        stationary=facts.stationary,
         stationarity=found.overall,
         residual_left=found.left,
         residual_right=found.right,
@@ -293,14 +322,16 @@ def diagnose(
         m=facts.m,
         d_c=facts.d_c,
         d_r=facts.d_r,
-        curvature=curvature,
-        curvature_threshold=threshold,
+        curvature=judged.curvature,
+        curvature_threshold=judged.curvature_threshold,
         duality_gap=certificate.relative_gap,
         theorem_bound=facts.theorem_bound,
-        true_gap=true_gap,
-        theorems=entries,
-        gates=gates,
+        true_gap=gap,
+        theorems=judged.theorems,
+        gates=judged.gates,
         unavailable=_unavailable(problem, second_order),
+        faces=judged.faces,
+        witness=judged.witness,
     )
 
 
@@ -320,50 +351,34 @@ def _read_result(factors: Any, intercept: Any, dual: Any) -> tuple[Any, Any, Any
     return factors.factors, intercept, dual
 
 
-def _same_problem(a: Problem, b: Problem) -> bool:
-    """Whether two problems have the same data, gates, loss and norm; beta is compared elsewhere."""
-    pairs = [(a.Y64, b.Y64), (a.weights, b.weights), (a.patterns, b.patterns)]
-    pairs += list(zip(a.operator.double().data_tensors(), b.operator.double().data_tensors(), strict=True))
-    facts = [(p.activation, repr(p.loss), p.norm.name, p.output_bias) for p in (a, b)]
-    return facts[0] == facts[1] and all(x.shape == y.shape and bool((x == y).all()) for x, y in pairs)
-
-
-def _true_gap(problem: Problem, optimum: Any, certificate: Certificate) -> tuple[float, float] | None:
-    """Bounds of (p - p*) / p* from what is known about p*."""
-    if optimum is None:
-        return None
-    primal = certificate.primal
-    known = getattr(optimum, "certificate", optimum)
-    other = getattr(optimum, "problem", problem)
-    if other is not problem and not _same_problem(other, problem):
-        raise InvalidInputError("optimum is a result of another problem (other data, gates, loss or norms)")
-    if hasattr(known, "lower_bound") and hasattr(known, "primal"):
-        beta = getattr(known, "beta", problem.beta)
-        if beta != problem.beta:
-            raise InvalidInputError(
-                f"optimum belongs to beta = {beta:g}; that of the problem, {problem.beta:g}, is wanted"
-            )
-        low, high = float(known.lower_bound), min(float(known.primal), primal)
-    else:
-        try:
-            low = high = float(known)
-        except (TypeError, ValueError):
-            raise InvalidInputError(
-                f"optimum is {type(known).__name__}; the optimal value, a Result or a Certificate is wanted"
-            ) from None
-        if not math.isfinite(low) or low < 0:
-            raise InvalidInputError(f"optimum is {low}; a finite number of at least 0 is wanted")
-    if low > primal * (1 + _SLACK):
-        raise InvalidInputError(f"optimum is at least {low:.8g}, more than the objective {primal:.8g} of the factors")
-    return relative_gap(primal, high), relative_gap(primal, low)
-
-
 def _unavailable(problem: Problem, second_order: bool) -> tuple[str, ...]:
-    if is_constrained(problem):
-        return (f"cone multipliers and Hessian for {problem.activation!r}, so neither stationarity nor second order",)
     if problem.norm.name != "nuclear":
         return (f"(68), (69) and the Hessian for the norm {problem.norm.name!r}: only a radial residual",)
     return () if second_order else ("second order: second_order=False",)
+
+
+def _face_rows(faces: FaceFacts) -> list[tuple[str, str]]:
+    padding = f" and {faces.n_padding} of padding" if faces.n_padding else ""
+    least = "" if faces.least_multiplier is None else f", multipliers from {faces.least_multiplier:.1e} beta"
+    weak = f", {faces.n_weak} active rows without one" if faces.n_weak else ""
+    rows = [
+        ("columns", f"{faces.n_columns}, and {faces.n_zero} zeros{padding}"),
+        ("faces of the cones", f"{faces.n_on_faces} columns on them{least}{weak}"),
+        ("||P_S G_k||_2 / beta", f"{faces.ratio:.8g} at most, S the span of the face of a column"),
+    ]
+    if faces.proven:
+        among = "any feasible u" if faces.radius == math.inf else f"v within a relative {faces.radius:.1e}"
+        rows.append(("minimum among", among))
+    if faces.crossing is not None:
+        rows.append(("in the next cells", f"residual {faces.crossing:.1e} of {faces.n_crossings} neighbours"))
+    return rows
+
+
+def _witness_text(witness: DescentNeuron) -> str:
+    return (
+        f"||G_k^T u|| = {witness.ratio:.4g} beta in gate {witness.gate}; added with step {witness.step:.4g} it lowers"
+        f" the objective by {witness.decrease:.4g}"
+    )
 
 
 def _json(value: Any) -> Any:

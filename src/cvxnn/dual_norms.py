@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ from cvxnn.cones import Cones, cone_dual_norms
 from cvxnn.norms import MatrixNorm
 from cvxnn.operators import Operator
 
-__all__ = ["Neurons", "gate_dual_norms", "price_cones"]
+__all__ = ["ConePrices", "Neurons", "bounds_are_cheap", "gate_dual_norms", "price_cones"]
 
 #: Gates whose cones are looked at together; the number grows from round to round.
 _FIRST_ROUND = 64
@@ -64,14 +66,15 @@ class ConePrices:
 
 
 def gate_dual_norms(
-    op: Operator, norm: MatrixNorm, cones: Cones | None, nu: torch.Tensor, error: float
+    op: Operator, norm: MatrixNorm, cones: Cones | None, nu: torch.Tensor, error: float, seconds: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rigorous lower and upper bounds (P,) of the dual norm of every block of A*(nu) + E, ||E_k||_F <= error.
 
-    With cones the largest upper bound is as tight as the methods make it; those of the other gates may be looser.
+    With cones the largest upper bound is as tight as the methods make it within about `seconds`, where these
+    count (:func:`bounds_are_cheap`); those of the other gates may be looser.
     """
     if cones is not None:
-        prices = price_cones(op, norm, cones, nu, error)
+        prices = price_cones(op, norm, cones, nu, error, seconds=seconds)
         return prices.lower, prices.upper
     batches = [norm.dual(op.adjoint_blocks(nu, gates), error) for gates in op.gate_batches()]
     lower, upper = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -86,6 +89,7 @@ def price_cones(
     error: float = 0.0,
     above: float | None = None,
     most: int | None = None,
+    seconds: float | None = None,
 ) -> ConePrices:
     """Cone-constrained dual norms: a matrix product for all gates, then exact cones for those that remain.
 
@@ -94,6 +98,8 @@ def price_cones(
     above : float, optional
         Look closely at all gates with a bound above this, until `most` have a value above it; by default at those
         that can have the largest value.
+    seconds : float, optional
+        Where bounds are dear, no further gates are looked at after this time: their bounds stay spectral.
 
     Notes
     -----
@@ -107,7 +113,9 @@ def price_cones(
     order = torch.argsort(upper, descending=True)
     found: list[Neurons] = []
     count = 0
-    for part in _rounds(len(order)):
+    cheap = bounds_are_cheap(op, cones)
+    deadline = math.inf if seconds is None or cheap else time.perf_counter() + seconds
+    for part in _rounds(len(order), _FIRST_ROUND if cheap else 4):
         gates = order[part]
         level = float(lower.max()) * (1 + _DECIDED) if above is None else above
         gates = gates[upper[gates] > level]
@@ -115,12 +123,12 @@ def price_cones(
             break
         gates = gates if len(gates) else order[:1]
         blocks = blocks_of(op, nu, gates)
-        seen = cone_dual_norms(cones, gates, blocks, error)
+        seen = cone_dual_norms(cones, gates, blocks, error, deadline=deadline)
         upper[gates] = torch.minimum(upper[gates], seen.upper)
         lower[gates] = seen.lower
         found.append(Neurons(gates, seen.u, seen.v, seen.lower, upper[gates]))
         count += int((seen.lower > level).sum())
-        if most is not None and count >= most:
+        if time.perf_counter() > deadline or (most is not None and count >= most):
             break
     return ConePrices(lower, upper, Neurons.joined(found))
 
@@ -138,8 +146,15 @@ def blocks_of(op: Operator, nu: torch.Tensor, gates: torch.Tensor) -> torch.Tens
     return op.select(gates).adjoint(nu)
 
 
-def _rounds(n: int) -> Iterator[slice]:
-    start, size = 0, _FIRST_ROUND
+def bounds_are_cheap(op: Operator, cones: Cones) -> bool:
+    """Whether the dual norms of cones have closed forms or are projections: one output, or rank two."""
+    if op.n_outputs == 1 or cones.n_features <= 2 or len(cones.rows) == 0:
+        return True
+    return int(torch.linalg.matrix_rank(cones.rows)) <= 2
+
+
+def _rounds(n: int, first: int) -> Iterator[slice]:
+    start, size = 0, first
     while start < n:
         yield slice(start, min(start + size, n))
         start, size = start + size, min(4 * size, _LARGEST_ROUND)

@@ -159,12 +159,15 @@ class Problem:
         other.scope = scope
         return other
 
-    def dual_norms(self, nu: torch.Tensor, error: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def dual_norms(
+        self, nu: torch.Tensor, error: float, seconds: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rigorous bounds (P,) of the dual norm of each block of A*(nu), known up to a Frobenius error.
 
-        For ReLU the norms are maxima over the cones, and only the largest upper bound is made tight.
+        For ReLU the norms are maxima over the cones, and only the largest upper bound is made tight: within about
+        `seconds`, where there are several outputs and the rank is above two.
         """
-        return gate_dual_norms(self.operator.double(), self.norm, self.cones, nu, error)
+        return gate_dual_norms(self.operator.double(), self.norm, self.cones, nu, error, seconds)
 
     @cached_property
     def beta_max(self) -> float:

@@ -1,4 +1,4 @@
-"""How far a point of (14) is from stationary: residuals of (68) and (69), balance, ranks, gate by gate."""
+"""How far a point of (14) is from stationary: residuals of (68), (69) and (72), balance, ranks, gate by gate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from cvxnn.certificates import Certificate, Evaluation
 from cvxnn.columns import Columns
+from cvxnn.cone_stationarity import ConeResiduals
+from cvxnn.cones import FEASIBILITY
 from cvxnn.norms import VECTOR_NORMS
 from cvxnn.problem import Problem
 
@@ -36,17 +38,20 @@ class GateDiagnosis:
     gate : int
         Its index: ``problem.gates[:, gate]``, ``U[gate]``.
     dual_norm_ratio : float
-        ||G_k||_D* / beta.
+        ||G_k||_D* / beta; for ReLU the maximum of ||G_k^T u|| / beta over the unit vectors of the cone, or an
+        upper bound of it.
     residual_left, residual_right : float or None
-        (68) and (69), relative to beta times the size of all factors; None for norms other than l2.
+        (68) and (69), relative to beta times the size of all factors; for ReLU (72) in place of (68). None for
+        norms other than l2.
     balance : float
-        ||U_k^T U_k - V_k^T V_k||_F over the larger of ||U_k||_F^2 and ||V_k||_F^2; for norms other than l2
-        the largest difference of the squared norms of a pair of columns in place of the numerator.
+        ||U_k^T U_k - V_k^T V_k||_F over the larger of ||U_k||_F^2 and ||V_k||_F^2; for ReLU and for norms other
+        than l2 the largest difference of the squared norms of a pair of columns in place of the numerator.
     rank_left, rank_right, rank : int
         Numerical ranks of U_k, V_k and [U_k; V_k].
     curvature_bound : float or None
         beta - ||G_k||_2 where [U_k; V_k] has fewer than m independent columns: an upper bound of the smallest
-        eigenvalue of the Hessian (up to the rank tolerance).
+        eigenvalue of the Hessian (up to the rank tolerance). For ReLU beta - ||G_k^T u||, u the best that was
+        found in the cone, where there is a column of zeros.
     """
 
     gate: int
@@ -81,8 +86,20 @@ def is_smooth(problem: Problem) -> bool:
     return problem.norm.name == "nuclear" and not is_constrained(problem)
 
 
-def residuals(problem: Problem, point: Evaluation, certificate: Certificate, nu: torch.Tensor) -> Residuals:
-    """(68), (69), and the gradient in the intercept, at exactly this point."""
+def residuals(
+    problem: Problem,
+    point: Evaluation,
+    certificate: Certificate,
+    nu: torch.Tensor,
+    cones: tuple[ConeResiduals, torch.Tensor] | None = None,
+) -> Residuals:
+    """(68) or for ReLU (72), (69), and the gradient in the intercept, at exactly this point.
+
+    Parameters
+    ----------
+    cones : pair, optional
+        For ReLU the residuals of some columns, and their places; the others are zero and have none.
+    """
     U, V = _factors(point)
     total = float(nu.abs().sum())
     slope = float(nu.sum(0).abs().max()) / total if total > 0 else 0.0
@@ -93,15 +110,19 @@ def residuals(problem: Problem, point: Evaluation, certificate: Certificate, nu:
         return Residuals(certificate.stationarity, None, None, intercept, None, None)
     columns = Columns.from_factors(U, V)
     size = math.sqrt(float(U.square().sum() + V.square().sum()))
+    if cones is None:
+        slopes = problem.operator.double().adjoint_columns(columns, nu)
+        parts = [side / problem.beta + part for side, part in zip(slopes, (columns.u, columns.v), strict=True)]
+        gate = columns.gate
+    else:
+        parts, gate = [cones[0].left, cones[0].right], columns.gate[cones[1]]
     sides = []
-    for slopes, part in zip(
-        problem.operator.double().adjoint_columns(columns, nu), (columns.u, columns.v), strict=True
-    ):
-        rows = (slopes / problem.beta + part) / size if size > 0 else torch.zeros_like(part)
-        sides.append(rows.square().sum(1).view(len(U), -1).sum(1))
+    for part in parts:
+        rows = part / size if size > 0 else torch.zeros_like(part)
+        sides.append(part.new_zeros(len(U)).index_add_(0, gate, rows.square().sum(1)))
     left, right = (math.sqrt(float(side.sum())) for side in sides)
     overall = max(math.hypot(left, right), intercept or 0.0)
-    overall = math.inf if math.isnan(overall) else overall
+    overall = math.inf if math.isnan(overall) or point.infeasibility > FEASIBILITY else overall
     return Residuals(overall, left, right, intercept, sides[0].sqrt().tolist(), sides[1].sqrt().tolist())
 
 
@@ -119,7 +140,7 @@ def spectral_norms(problem: Problem, nu: torch.Tensor) -> torch.Tensor:
 def _imbalance(problem: Problem, point: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each gate: the imbalance, and the larger squared size of U_k and V_k."""
     U, V = _factors(point)
-    if problem.norm.name == "nuclear":
+    if is_smooth(problem):
         difference = torch.linalg.matrix_norm(U.mT @ U - V.mT @ V)
         return difference, torch.maximum(U.square().sum((1, 2)), V.square().sum((1, 2)))
     left, right = (
@@ -134,31 +155,55 @@ def overall_balance(problem: Problem, point: Evaluation) -> float:
 
 
 def examine_gates(
-    problem: Problem, point: Evaluation, certificate: Certificate, norms: torch.Tensor | None, found: Residuals
+    problem: Problem,
+    point: Evaluation,
+    found: Residuals,
+    ratios: torch.Tensor,
+    norms: torch.Tensor | None,
+    free: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
 ) -> tuple[GateDiagnosis, ...]:
+    """The facts about gates.
+
+    Parameters
+    ----------
+    ratios : torch.Tensor of shape (P,)
+        ||G_k||_D* / beta.
+    norms : torch.Tensor of shape (P,), optional
+        ||G_k||_2, for ReLU lower bounds of the maxima over the cones.
+    free : torch.Tensor of shape (P,), bool, optional
+        Gates with a free column; by default those of too low a rank.
+    chosen : torch.Tensor of indices, optional
+        The gates that are wanted, by default all.
+    """
     U, V = _factors(point)
-    n_gates, _, m = U.shape
     difference, size = _imbalance(problem, point)
-    balance = torch.where(size > 0, difference / size, 0.0).tolist()
-    stacked = torch.linalg.qr(torch.cat([U, V], dim=1), mode="r")[1]
-    ranks = [_ranks(part) for part in (U, V, stacked)]
-    nothing = [None] * n_gates
+    balance = torch.where(size > 0, difference / size, 0.0)
+    gates = torch.arange(len(U), device=U.device) if chosen is None else chosen
+    used = size > 0
+    stacked = torch.linalg.qr(torch.cat([U[used], V[used]], dim=1), mode="r")[1]
+    left, right, rank = (_ranks(part, used)[gates].tolist() for part in (U[used], V[used], stacked))
+    deficient = [own < U.shape[2] for own in rank] if free is None else free[gates].tolist()
     return tuple(
         GateDiagnosis(
             gate=k,
-            dual_norm_ratio=certificate.gate_ratios[k],
-            residual_left=(found.gates_left or nothing)[k],
-            residual_right=(found.gates_right or nothing)[k],
-            balance=balance[k],
-            rank_left=ranks[0][k],
-            rank_right=ranks[1][k],
-            rank=ranks[2][k],
-            curvature_bound=problem.beta - float(norms[k]) if norms is not None and ranks[2][k] < m else None,
+            dual_norm_ratio=float(ratios[k]),
+            residual_left=None if found.gates_left is None else found.gates_left[k],
+            residual_right=None if found.gates_right is None else found.gates_right[k],
+            balance=float(balance[k]),
+            rank_left=left[i],
+            rank_right=right[i],
+            rank=rank[i],
+            curvature_bound=problem.beta - float(norms[k]) if norms is not None and deficient[i] else None,
         )
-        for k in range(n_gates)
+        for i, k in enumerate(gates.tolist())
     )
 
 
-def _ranks(parts: torch.Tensor) -> list[int]:
-    values = torch.linalg.svdvals(parts)
-    return (values > RANK_TOLERANCE * values.max()).sum(1).tolist()
+def _ranks(parts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Numerical ranks (P,) from the matrices of the gates that are used."""
+    ranks = torch.zeros(len(used), dtype=torch.long, device=used.device)
+    if len(parts):
+        values = torch.linalg.svdvals(parts)
+        ranks[used] = (values > RANK_TOLERANCE * values.max()).sum(1)
+    return ranks

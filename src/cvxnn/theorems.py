@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from cvxnn.certificates import Certificate
 from cvxnn.curvature import Curvature
 
-__all__ = ["CONSISTENT", "PointFacts", "Theorem", "not_minimum", "short", "theorems", "verdict"]
+__all__ = [
+    "CONSISTENT",
+    "PointFacts",
+    "Theorem",
+    "global_proof",
+    "not_minimum",
+    "proven_gap",
+    "short",
+    "theorems",
+    "verdict",
+]
 
 #: A theorem that rests on numerical ranks is believed where ||G_k|| / beta exceeds 1 by at most so many times tol.
 CONSISTENT = 10
@@ -62,6 +72,8 @@ class PointFacts:
         Why the point is not a local minimum as far as second order tells; empty where it is one.
     theorem_bound : float or None
     tol : float
+    gates : sequence of int, optional
+        Indices of the gates that the sequences are about, where these are not all.
     """
 
     activation: str
@@ -77,11 +89,22 @@ class PointFacts:
     not_minimum: str
     theorem_bound: float | None
     tol: float
+    gates: Sequence[int] | None = None
 
     @property
     def constrained(self) -> bool:
         """Whether columns are constrained to cones, as for ReLU."""
         return self.activation not in ("linear", "gated_relu")
+
+    @property
+    def dual_norm(self) -> str:
+        """What q is the largest of."""
+        return "max ||G_k^T u|| over the unit u of the cone" if self.constrained else "||G_k||_2"
+
+    @property
+    def short_norm(self) -> str:
+        """The same in tables."""
+        return "max ||G_k^T u||" if self.constrained else "||G_k||"
 
     @property
     def blocked(self) -> str:
@@ -100,6 +123,10 @@ class PointFacts:
     def failing(self, condition: Callable[[int], bool]) -> tuple[int, ...]:
         """The gates where a condition is not met."""
         return tuple(k for k in range(len(self.ratios)) if not condition(k))
+
+    def named(self, places: Sequence[int]) -> tuple[int, ...]:
+        """The gates at places of the sequences."""
+        return tuple(places) if self.gates is None else tuple(self.gates[k] for k in places)
 
     def is_full(self, k: int) -> bool:
         """Full rank min(d_c, d_r) on both sides of gate k."""
@@ -124,11 +151,12 @@ def theorems(facts: PointFacts) -> tuple[Theorem, ...]:
         _entry(
             facts,
             "Theorem 2.1",
-            "a stationary point with ||G_k||_2 <= beta in every gate is a global optimum",
+            f"a stationary point with {facts.dual_norm} <= beta in every gate is a global optimum",
             violated,
-            "||G_k|| > beta",
+            f"{facts.short_norm} > beta",
             stationary,
             GLOBAL,
+            carries_over=facts.constrained,
         ),
         _entry(
             facts,
@@ -187,29 +215,34 @@ def _entry(
     failure: str,
     point: str,
     conclusion: str,
+    carries_over: bool = False,
 ) -> Theorem:
-    """An entry for linear and gated ReLU networks with l2 norms; `point` is an objection that is not about gates."""
-    objections = [f"{failure} in {name_gates(failing, len(facts.ratios))}"] if failing else []
+    """An entry for linear and gated ReLU networks with l2 norms; `point` is an objection that is not about gates.
+
+    With `carries_over` it is one for ReLU too.
+    """
+    n_gates = len(facts.ratios) if facts.gates is None else None
+    objections = [f"{failure} in {name_gates(facts.named(failing), n_gates)}"] if failing else []
     objections += [point] if point else []
     inconsistent = facts.failing(lambda k: facts.ratios[k] <= 1 + CONSISTENT * facts.tol)
     if conclusion == GLOBAL and inconsistent and not objections:
         objections = [f"||G_k|| > beta in {name_gates(inconsistent)} contradicts the numerical ranks"]
     if conclusion == GLOBAL and facts.not_minimum == SADDLE and not objections:
         objections = ["negative curvature contradicts the numerical ranks"]
-    if facts.blocked:
+    if facts.blocked and not carries_over:
         objections = [facts.blocked]
+    failing = facts.named(failing)
     return Theorem(name, statement, not objections, not failing, failing, conclusion, "; ".join(objections))
 
 
 def _optimality_gap(facts: PointFacts, stationary: str) -> Theorem:
-    """Theorem 3.4 holds for every pair of norms; for ReLU its q is one over cones, which is not computed here."""
+    """Theorem 3.4 holds for every pair of norms, and for ReLU with the maximum over the cones as q."""
     reason = stationary
-    if facts.constrained:
-        reason = "its stationarity and its q are those of the cones, which are not computed here"
-    elif not reason and facts.theorem_bound is None:
+    if not reason and facts.theorem_bound is None:
         reason = "the point is not stationary enough"
     conclusion = "" if facts.theorem_bound is None else f"at most {facts.theorem_bound:.2e} above p*, relative"
-    statement = "(p - p*) / p* <= max(0, q / beta - 1) at a stationary point"
+    over = f", q the largest {facts.dual_norm}" if facts.constrained else ""
+    statement = f"(p - p*) / p* <= max(0, q / beta - 1) at a stationary point{over}"
     return Theorem("Theorem 3.4", statement, not reason, True, (), conclusion, reason)
 
 
@@ -241,24 +274,34 @@ def not_minimum(stationary: bool, curvature: Curvature | None, threshold: float)
     return "" if curvature.converged else "Lanczos did not converge"
 
 
+def proven_gap(certificate: Certificate) -> str:
+    """The duality gap in words."""
+    gap = certificate.relative_gap
+    return "nothing is proven" if gap == math.inf else f"the proven gap is {gap:.1e}"
+
+
+def global_proof(facts: PointFacts, entries: Sequence[Theorem], certificate: Certificate) -> str:
+    """Why a point is a global optimum, in words; empty where nothing says so."""
+    if certificate.relative_gap <= facts.tol:
+        return f"global optimum (certified): relative gap {certificate.relative_gap:.1e}"
+    proof = next((entry.name for entry in entries if entry.applies and entry.conclusion == GLOBAL), None)
+    return "" if proof is None else f"global optimum ({proof}); {proven_gap(certificate)}"
+
+
 def verdict(
     facts: PointFacts, entries: Sequence[Theorem], certificate: Certificate, stationarity: float,
     curvature: Curvature | None,
 ) -> tuple[str, str, str]:  # fmt: skip
     """Status, the sentence for it, and what follows from it."""
-    gap = certificate.relative_gap
-    proven = "nothing is proven" if gap == math.inf else f"the proven gap is {gap:.1e}"
-    proof = next((entry.name for entry in entries if entry.applies and entry.conclusion == GLOBAL), None)
-    if gap <= facts.tol:
-        return "global_optimum", f"global optimum (certified): relative gap {gap:.1e}", ""
-    if facts.constrained:
-        return "undecided", f"nothing follows from (68), (69) for activation {facts.activation!r}; {proven}", ""
+    proven, proof = proven_gap(certificate), global_proof(facts, entries, certificate)
+    if certificate.relative_gap <= facts.tol:
+        return "global_optimum", proof, ""
     if not facts.stationary:
         return "not_stationary", f"not stationary: relative residual {stationarity:.1e}; {proven}", ""
     if facts.blocked:
         return "undecided", f"stationary along the columns, nothing follows for the norm {facts.norm!r}; {proven}", ""
-    if proof is not None:
-        return "global_optimum", f"global optimum ({proof}); {proven}", ""
+    if proof:
+        return "global_optimum", proof, ""
     if curvature is None:
         return "undecided", f"stationary, second order was not looked at; {proven}", ""
     if facts.not_minimum == SADDLE:

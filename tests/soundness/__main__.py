@@ -1,4 +1,7 @@
-"""Check many random problems: ``python -m tests.soundness --problems 300 --seed 0 --jobs 2 [--json]``."""
+"""Check many random problems: ``python -m tests.soundness --problems 300 --seed 0 --jobs 2 [--json]``.
+
+With ``--activation relu`` these are ReLU problems of low rank with one output, or with ``--outputs vector`` two or three.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -19,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.soundness.check import TOLERANCE, Report, check_problem, set_threads
-from tests.soundness.tamper import TAMPERINGS
+from tests.soundness.relu_check import check_relu_problem
+from tests.soundness.tamper import RELU_TAMPERINGS, TAMPERINGS
 
 #: Relative width from which an interval is counted as wide.
 WIDE = 1e-6
@@ -33,10 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first one (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sequence of problems (0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
-    parser.add_argument("--tamper", choices=TAMPERINGS, help="make this mistake on purpose")
+    parser.add_argument("--activation", choices=("gated", "relu"), default="gated", help="of the problems (gated)")
+    parser.add_argument("--outputs", choices=("scalar", "vector"), default="scalar", help="of ReLU problems (scalar)")
+    parser.add_argument("--tamper", choices=TAMPERINGS + RELU_TAMPERINGS, help="make this mistake on purpose")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
+    if given.tamper in RELU_TAMPERINGS and given.activation != "relu":
+        parser.error(f"--tamper {given.tamper} is for --activation relu")
     begin = time.perf_counter()
+    check = check_problem if given.activation == "gated" else partial(check_relu_problem, outputs=given.outputs)
     indices = range(given.first, given.first + given.problems)
     with Progress(
         TextColumn("soundness"),
@@ -48,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     ) as progress:
         task = progress.add_task("", total=len(indices))
         reports = []
-        for report in run(given.seed, indices, given.jobs, given.tamper):
+        for report in run(given.seed, indices, given.jobs, given.tamper, check):
             reports.append(report)
             violations = sum(len(report.violations) for report in reports)
             progress.update(task, advance=1, description=f"{violations} violations")
@@ -62,16 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if summary["violations"] else 0
 
 
-def run(seed: int, indices: range, jobs: int, tamper: str | None) -> Iterator[Report]:
+def run(
+    seed: int, indices: range, jobs: int, tamper: str | None, check: Callable[..., Report] = check_problem
+) -> Iterator[Report]:
     """Reports as they are done, in `jobs` processes."""
     if jobs <= 1:
         set_threads()
         for index in indices:
-            yield check_problem(seed, index, tamper)
+            yield check(seed, index, tamper)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=set_threads) as pool:
-        futures = [pool.submit(check_problem, seed, index, tamper) for index in indices]
+        futures = [pool.submit(check, seed, index, tamper) for index in indices]
         for future in as_completed(futures):
             yield future.result()
 

@@ -10,8 +10,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from tests.soundness.reference import Reference
+    from tests.soundness.relu_reference import ReluReference
 
-__all__ = ["solve_dual", "solve_primal"]
+__all__ = ["loss_expression", "solve_dual", "solve_primal", "solve_with_clarabel"]
 
 _ORDERS: dict[str, Any] = {"l1": 1, "l2": 2, "linf": "inf"}
 _DUALS: dict[str, Any] = {"l1": "inf", "l2": 2, "linf": 1}
@@ -33,8 +34,8 @@ def solve_primal(reference: Reference, scale: float, tolerance: float) -> Soluti
     tie = (reference.features / size) @ cp.vstack(Z) + np.ones((len(reference.Y), 1)) @ b - T == 0
     fixed = [] if reference.instance.output_bias else [b == 0]
     penalty = cp.sum([_norm(block, reference.instance.norms) for block in Z])
-    objective = (_loss(reference, T) + reference.beta / size * penalty) / scale
-    if not _solve(cp.Problem(cp.Minimize(objective), [tie, *fixed]), tolerance):
+    objective = (loss_expression(reference, T) + reference.beta / size * penalty) / scale
+    if not solve_with_clarabel(cp.Problem(cp.Minimize(objective), [tie, *fixed]), tolerance):
         return None
     values = np.array([block.value for block in Z])
     return values / size, np.asarray(b.value)[0], scale * np.asarray(tie.dual_value)
@@ -56,7 +57,7 @@ def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution
     centered = [cp.sum(nu, axis=0) == 0] if reference.instance.output_bias else []
     conjugate, domain = _conjugate(reference, nu)
     program = cp.Problem(cp.Minimize(conjugate / scale), [*ties, *constraints, *centered, *domain])
-    if not _solve(program, tolerance):
+    if not solve_with_clarabel(program, tolerance):
         return None
     Z = np.array([-scale / size * tie.dual_value for tie in ties])
     intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(c)
@@ -69,7 +70,7 @@ def _size(features: np.ndarray) -> float:
     return float(np.sqrt(np.mean(entries**2))) if len(entries) else 1.0
 
 
-def _solve(program: cp.Problem, tolerance: float) -> bool:
+def solve_with_clarabel(program: cp.Problem, tolerance: float) -> bool:
     """Whether Clarabel returned a point, however inaccurate."""
     settings = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tolerance)
     try:
@@ -109,7 +110,7 @@ def _dual_norm(G: cp.Variable, norms: tuple[str, str]) -> cp.Expression:
     return cp.sigma_max(G)
 
 
-def _loss(reference: Reference, T: cp.Variable) -> cp.Expression:
+def loss_expression(reference: Reference | ReluReference, T: cp.Variable) -> cp.Expression:
     Y, name = reference.Y, reference.instance.loss
     w = np.repeat(reference.w[:, None], Y.shape[1], axis=1)
     if name == "squared":

@@ -63,7 +63,7 @@ def random_instance(seed: int, index: int, small: bool = False) -> Instance:
     X, traits = _random_data(rng, n, d)
     dtype = "float32" if rng.random() < 0.15 else "float64"
     X = X.astype(dtype).astype(np.float64)
-    Y = _random_targets(rng, X, loss, c).astype(dtype).astype(np.float64)
+    Y = random_targets(rng, X, loss, c).astype(dtype).astype(np.float64)
     norms = ("l2", "l2")
     if rng.random() < 0.2:
         norms = OTHER_NORMS[rng.integers(len(OTHER_NORMS))]
@@ -76,7 +76,7 @@ def random_instance(seed: int, index: int, small: bool = False) -> Instance:
         delta=float(10 ** rng.uniform(-1, 1)),
         reduction=reduction,
         output_bias=bool(index // 8 % 2),
-        sample_weight=_random_weights(rng, n) if rng.random() < 0.3 else None,
+        sample_weight=random_weights(rng, n) if rng.random() < 0.3 else None,
         norms=norms,
         fraction=float(10 ** rng.uniform(-6, 0)),
         dtype=dtype,
@@ -108,7 +108,7 @@ def _random_data(rng: np.random.Generator, n: int, d: int) -> tuple[np.ndarray, 
     return X, traits
 
 
-def _random_targets(rng: np.random.Generator, X: np.ndarray, loss: str, c: int) -> np.ndarray:
+def random_targets(rng: np.random.Generator, X: np.ndarray, loss: str, c: int) -> np.ndarray:
     """Targets that a network can fit in part: a random teacher with noise, or noise alone."""
     spread = X.std() or 1.0
     signal = np.maximum(X @ rng.normal(size=(X.shape[1], c)), 0) / spread * rng.choice([0, 1])
@@ -128,7 +128,7 @@ def _random_targets(rng: np.random.Generator, X: np.ndarray, loss: str, c: int) 
     return powers / powers.sum(1, keepdims=True)
 
 
-def _random_weights(rng: np.random.Generator, n: int) -> np.ndarray:
+def random_weights(rng: np.random.Generator, n: int) -> np.ndarray:
     weights = rng.uniform(0.1, 3, size=n)
     if rng.random() < 0.3:
         weights[rng.integers(n, size=n // 4)] = 0

@@ -21,6 +21,8 @@ from cvxnn.cli.report import INTERRUPTED, NOT_CERTIFIED, Report, check_folder, o
 from cvxnn.errors import InvalidInputError
 from cvxnn.experiments.complexity import COMPLEXITY_SCALES, run_complexity
 from cvxnn.experiments.complexity_report import complexity_summary, write_complexity_report
+from cvxnn.experiments.networks import NETWORKS_SCALES, run_networks
+from cvxnn.experiments.networks_report import networks_summary, write_networks_report
 from cvxnn.experiments.report import summary_of, write_report
 from cvxnn.experiments.spiral import SCALES, run_spiral
 from cvxnn.experiments.sweep import backend_context
@@ -28,7 +30,7 @@ from cvxnn.validation import check_choice
 
 __all__ = ["STUDIES", "reproduce"]
 
-STUDIES = ("spiral", "complexity")
+STUDIES = ("spiral", "complexity", "networks")
 _BACKEND_HELP = "Backend of joblib: loky, multiprocessing, threading, or dask or ray where they are installed."
 
 Rows = list[dict[str, Any]]
@@ -52,11 +54,13 @@ class _Study:
 
 
 def reproduce(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="One of: spiral, complexity.", show_default=False)],
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="One of: spiral, complexity, networks.", show_default=False)
+    ],
     scale: Annotated[str, typer.Option(help="quick (at most two minutes on two cores) or paper.")] = "quick",
     data_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of data sets, for studies that need one; these two generate theirs."),
+        typer.Option(metavar="DIR", help="Folder of data sets, for studies that need one; these generate theirs."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -168,6 +172,27 @@ def _say_complexity(report: Report, document: dict[str, Any]) -> None:
     report.rows([(f"{fit['method']}, {fit['sweep']}", f"exponent {fit['exponent']:.2f}") for fit in fits])
 
 
+def _networks_missed(document: dict[str, Any], grid: Any) -> str:
+    missed = document["n_networks"] - document["n_improved"]
+    if not missed:
+        return ""
+    return f"{missed} of {document['n_networks']} networks are not improved to {grid.tol:g}; networks.csv says which"
+
+
+def _say_networks(report: Report, document: dict[str, Any]) -> None:
+    report.say()
+    report.rows(
+        [
+            (
+                f"m = {part['width']}, beta {part['beta']:g}, {part['optimizer']}",
+                f"excess {part['median_excess']:.1e} (largest {part['largest_excess']:.1e}), proven above 1e-6 in "
+                f"{part['n_proven_above']['1e-06']} of {part['n_networks']}, within 1% in {part['n_within_1_percent']}",
+            )
+            for part in document["cells"]
+        ]
+    )
+
+
 def _studies() -> dict[str, _Study]:
     return {
         "spiral": _Study(
@@ -180,6 +205,15 @@ def _studies() -> dict[str, _Study]:
             complexity_summary,
             lambda document, grid: "",
             _say_complexity,
+            cells="cells",
+        ),
+        "networks": _Study(
+            NETWORKS_SCALES,
+            run_networks,
+            write_networks_report,
+            networks_summary,
+            _networks_missed,
+            _say_networks,
             cells="cells",
         ),
     }

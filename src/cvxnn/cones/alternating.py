@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,7 +108,13 @@ def direction_starts(cones: Cones, gate: Tensor, G: Tensor, n_random: int, rando
 
 
 def alternate(
-    cones: Cones, gate: Tensor, G: Tensor, v: Tensor, max_iter: int = 200, tolerance: float = 1e-13
+    cones: Cones,
+    gate: Tensor,
+    G: Tensor,
+    v: Tensor,
+    max_iter: int = 200,
+    tolerance: float = 1e-13,
+    deadline: float = math.inf,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Alternating maximisation of u^T G v over u in the cone and v in the unit ball, from many v at once.
 
@@ -120,6 +128,8 @@ def alternate(
     G : Tensor of shape (B, d, c)
     v : Tensor of shape (B, s, c)
         Unit directions.
+    deadline : float
+        Value of ``time.perf_counter()`` at which to stop.
 
     Returns
     -------
@@ -129,17 +139,17 @@ def alternate(
         The best ||G^T u|| of each gate, without allowance for rounding.
     """
     B = len(gate)
-    u, v, value = _iterate(cones, gate, G, v, FIRST_ROUNDS, tolerance)
+    u, v, value = _iterate(cones, gate, G, v, FIRST_ROUNDS, tolerance, deadline)
     if v.shape[1] > KEPT:
         best = value.topk(KEPT, dim=1).indices[:, :, None]
         v = v.gather(1, best.expand(-1, -1, v.shape[2]))
-    u, v, value = _iterate(cones, gate, G, v, max_iter, tolerance)
+    u, v, value = _iterate(cones, gate, G, v, max_iter, tolerance, deadline)
     best, each = value.argmax(1), torch.arange(B, device=G.device)
     return u[each, best], v[each, best], value[each, best]
 
 
 def _iterate(
-    cones: Cones, gate: Tensor, G: Tensor, v: Tensor, max_iter: int, tolerance: float
+    cones: Cones, gate: Tensor, G: Tensor, v: Tensor, max_iter: int, tolerance: float, deadline: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The alternation itself; a start leaves it when its value no longer rises."""
     B, s, c = v.shape
@@ -149,7 +159,7 @@ def _iterate(
     value = v.new_zeros(B * s)
     active = torch.arange(B * s, device=G.device)
     for k in range(max_iter):
-        if len(active) == 0:
+        if len(active) == 0 or time.perf_counter() > deadline:
             break
         which = owner[active]
         before = value[active]

@@ -12,6 +12,8 @@ splits unless the maximum lies where they change, and converges quadratically th
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, fields
 from itertools import combinations, product
 from typing import TYPE_CHECKING
@@ -59,6 +61,7 @@ def branch_and_bound(
     value: Tensor,
     tolerance: float = 1e-6,
     max_evaluations: int = 4000,
+    deadline: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Upper bounds of the dual norms (B,), and the best feasible directions found (B, d).
 
@@ -74,16 +77,25 @@ def branch_and_bound(
         Simplices with a bound below (1 + tolerance) times the best value are not split.
     max_evaluations : int
         Projections per gate, at most; the bounds are sound wherever the search stops.
+    deadline : float
+        Value of ``time.perf_counter()`` at which to stop.
     """
     parts = [
-        _search(cones, gate[k], G[k], u[k], value[k], tolerance, max_evaluations)
+        _search(cones, gate[k], G[k], u[k], value[k], tolerance, max_evaluations, deadline)
         for k in torch.arange(len(gate), device=G.device).split(_CHUNK)
     ]
     return torch.cat([upper for upper, _ in parts]), torch.cat([u for _, u in parts])
 
 
 def _search(
-    cones: Cones, gate: Tensor, G: Tensor, u: Tensor, value: Tensor, tolerance: float, max_evaluations: int
+    cones: Cones,
+    gate: Tensor,
+    G: Tensor,
+    u: Tensor,
+    value: Tensor,
+    tolerance: float,
+    max_evaluations: int,
+    deadline: float,
 ) -> tuple[Tensor, Tensor]:
     B = len(gate)
     u, value = u.clone(), value.clone()
@@ -93,6 +105,8 @@ def _search(
     while True:
         limit = value * (1 + tolerance)
         going = (leaves.bound > limit[leaves.gate]) & (evaluations < max_evaluations)[leaves.gate]
+        if time.perf_counter() > deadline:
+            going = torch.zeros_like(going)
         stopped = leaves.select(~going)
         settled.scatter_reduce_(0, stopped.gate, stopped.bound, "amax")
         leaves = leaves.select(going)

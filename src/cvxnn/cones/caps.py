@@ -2,7 +2,8 @@
 
 The unit vectors of a cone lie within an angle of its gate vector g. In the cross-section g . u = 1 the cone is an
 interval (rank 2) or a polygon (rank 3), {y : p_i . y <= 1 for every sample i}. Any selection of its samples gives a
-larger set, so a radius computed from the nearest samples in a few directions is an upper bound.
+larger set, so a radius computed from the nearest samples in a few directions is an upper bound; where it is finite,
+no direction of the cone is orthogonal to g or beyond, as the cone is convex.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cvxnn.norms.base import EPS
+
 __all__ = ["Caps", "bounding_caps"]
 
 #: Rounds of looking for a further sample, each for the cones with a larger radius than this.
 _ROUNDS = (0.0, 0.0, 0.0, 0.0, 0.3, 0.3, 1.0, 1.0, 1.0, 1.0)
 _TINY = 1e-12
 _RANK_TOLERANCE = 1e-12
-#: Outward shifts of the samples' half-planes and of the angles, far more than their rounding.
-_SHIFT = 1e-14
+#: Cross-sections with a larger radius are left alone: there the rounding of a row would count for too much.
+_LARGEST_RADIUS = 10.0
+#: Sectors of a polygon narrower than this (radians) hold no corner that is worth computing.
+_NARROW = 1e-5
+#: Widening of radii, far more than their rounding and than the cosine of a narrow sector.
 _WIDER = 1e-9
 _BLOCK_ENTRIES = 1 << 20
 
@@ -36,11 +42,14 @@ class Caps:
     centre : Tensor of shape (P, r)
     angle : Tensor of shape (P,)
         pi where nothing is known.
+    stretch : Tensor of shape (P,)
+        Factor of the bounds for rows that are in the row space to rounding only; 1 where they are in it.
     """
 
     basis: Tensor
     centre: Tensor
     angle: Tensor
+    stretch: Tensor
 
     def dual_norm_bounds(self, G: Tensor, gates: slice) -> Tensor:
         """Upper bounds of max ||G_k^T u|| over the unit vectors of the cones of some gates; G is (B, d, c).
@@ -53,9 +62,11 @@ class Caps:
         a = along.norm(dim=1)
         b = (inside - centre.unsqueeze(2) * along.unsqueeze(1)).norm(dim=(1, 2))
         value = torch.where(torch.atan2(b, a) <= angle, torch.hypot(a, b), a * angle.cos() + b * angle.sin())
-        size = G.norm(dim=(1, 2))
-        # What the basis leaves out of G, and the rounding of all this.
-        return value + size * (_RANK_TOLERANCE if len(self.basis) > self.basis.shape[1] else 1e-14)
+        rounding = (8 * (G.shape[1] + G.shape[2]) + 32) * EPS * G.norm(dim=(1, 2))
+        if self.basis.shape[0] == self.basis.shape[1]:
+            return value + rounding
+        outside = (G - self.basis @ inside).norm(dim=(1, 2))
+        return (value + rounding) * self.stretch[gates] + outside
 
 
 def bounding_caps(rows: Tensor, patterns: Tensor, gates: Tensor) -> Caps | None:
@@ -75,18 +86,36 @@ def bounding_caps(rows: Tensor, patterns: Tensor, gates: Tensor) -> Caps | None:
     rank = int((values > _RANK_TOLERANCE * values[0]).sum())
     if rank not in (2, 3) or (rank < len(values) and float(values[rank:].norm()) > 1e-13):
         return None
-    basis = torch.eye(rank).to(rows) if rank == rows.shape[1] else vectors[:rank].T.contiguous()
+    whole = rank == rows.shape[1]
+    basis = torch.eye(rank).to(rows) if whole else vectors[:rank].T.contiguous()
     reduced = rows @ basis
-    centre = gates.T.to(rows) @ basis
-    centre = centre / centre.norm(dim=1, keepdim=True)
+    centre = _unit(_unit(gates.T.to(rows)) @ basis)
+    # Slacks and tangential parts of unit rows have such an error, and slack - x . y has 1 + |y| times it.
+    shift = (1 + _LARGEST_RADIUS) * (2 * rows.shape[1] + 16) * EPS
     size = max(1, _BLOCK_ENTRIES // len(rows))
     parts = [slice(i, i + size) for i in range(0, len(centre), size)]
-    angle = torch.cat([_angles(reduced, patterns[part], centre[part]) for part in parts])
-    return Caps(basis, centre, angle)
+    found = [_angles(reduced, patterns[part], centre[part], shift) for part in parts]
+    angle, margin = (torch.cat(values) for values in zip(*found, strict=True))
+    stretch = torch.ones_like(angle)
+    if not whole:
+        # u = basis a + t: a + tau g is in the cone of the selected rows, tau = tilt / margin.
+        tilt = float((rows - reduced @ basis.T).norm(dim=1).max()) + 8 * rows.shape[1] * EPS
+        stretch += torch.where(angle < math.pi, 2 * tilt / margin, 0.0)
+    return Caps(basis, centre, angle, stretch)
 
 
-def _angles(rows: Tensor, patterns: Tensor, centre: Tensor) -> Tensor:
-    """Angles (B,) of the caps around centres (B, r).
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors (B, r) of norm 1; the first unit vector in place of those that have no direction."""
+    largest = vectors.abs().amax(1, keepdim=True)
+    usable = (largest > 0) & largest.isfinite()
+    first = torch.zeros_like(vectors)
+    first[:, 0] = 1.0
+    scaled = torch.where(usable, vectors / torch.where(usable, largest, 1.0), first)
+    return scaled / scaled.norm(dim=1, keepdim=True)
+
+
+def _angles(rows: Tensor, patterns: Tensor, centre: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """Angles (B,) of the caps around centres (B, r), and the least slack (B,) of the samples that they rest on.
 
     Samples are chosen in single precision, as any choice is sound; what is chosen is computed in double.
     """
@@ -96,33 +125,43 @@ def _angles(rows: Tensor, patterns: Tensor, centre: Tensor) -> Tensor:
     scale = (centre.float() @ single).mul_(signs).clamp_min_(_TINY).reciprocal_().mul_(signs).neg_()
     polar = [(tangent.float() @ single).mul_(scale) for tangent in tangents]
     chosen = [part.argmax(1) for part in polar] + [part.argmin(1) for part in polar]
-    points = _polar_points(rows, patterns, centre, tangents, torch.stack(chosen, dim=1))
+    points, slack = _polar_points(rows, patterns, centre, tangents, torch.stack(chosen, dim=1), shift)
+    margin = slack.amin(1)
     if len(polar) == 1:
         radius = _interval_radius(points[:, :, 0])
     else:
-        radius = _polygon_radius(points)[0]
+        radius, _ = _polygon_radius(points)
         for width in _ROUNDS:
             open_ = (radius > width).nonzero()[:, 0]
             if len(open_) == 0:
                 continue
-            _, direction = _polygon_radius(points[open_])
-            score = polar[0][open_] * direction[:, :1].float() + polar[1][open_] * direction[:, 1:].float()
+            direction = _polygon_radius(points[open_])[1].float()
+            score = polar[0][open_] * direction[:, :1] + polar[1][open_] * direction[:, 1:]
             more = [tangent[open_] for tangent in tangents]
-            added = _polar_points(rows, patterns[open_], centre[open_], more, score.argmax(1, keepdim=True))
+            best = score.argmax(1, keepdim=True)
+            added, slack = _polar_points(rows, patterns[open_], centre[open_], more, best, shift)
             points = torch.cat([points, points[:, :1]], dim=1)
             points[open_, -1] = added[:, 0]
+            margin[open_] = torch.minimum(margin[open_], slack[:, 0])
             radius[open_] = torch.minimum(radius[open_], _polygon_radius(points[open_])[0])
-    angle = torch.atan(radius * (1 + _WIDER)) + _SHIFT
-    return torch.where(radius.isfinite(), angle, math.pi)
+    radius = radius * (1 + _WIDER)
+    angle = torch.atan(radius) + 2 * shift
+    return torch.where(radius <= _LARGEST_RADIUS, angle, math.pi), margin
 
 
-def _polar_points(rows: Tensor, patterns: Tensor, centre: Tensor, tangents: list[Tensor], chosen: Tensor) -> Tensor:
-    """p = -(2 D - I) x / slack of chosen samples (B, M), in tangent coordinates (B, M, r - 1); NaN without slack."""
+def _polar_points(
+    rows: Tensor, patterns: Tensor, centre: Tensor, tangents: list[Tensor], chosen: Tensor, shift: float
+) -> tuple[Tensor, Tensor]:
+    """p = -(2 D - I) x / slack of chosen samples (B, M), in tangent coordinates (B, M, r - 1), and their slacks (B, M).
+
+    NaN where there is no slack. It counts as larger by `shift`, which moves the half-plane outwards.
+    """
     vectors = rows[chosen]
     signs = patterns.gather(1, chosen).to(rows.dtype).mul_(2).sub_(1)
-    slack = torch.einsum("bmr,br->bm", vectors, centre) * signs + _SHIFT
-    factor = torch.where(slack > 2 * _SHIFT, -signs / slack, math.nan)
-    return torch.stack([torch.einsum("bmr,br->bm", vectors, tangent) * factor for tangent in tangents], dim=2)
+    slack = torch.einsum("bmr,br->bm", vectors, centre) * signs
+    factor = torch.where(slack > shift, -signs / (slack + shift), math.nan)
+    points = torch.stack([torch.einsum("bmr,br->bm", vectors, tangent) * factor for tangent in tangents], dim=2)
+    return points, slack - shift
 
 
 def _tangents(centre: Tensor) -> list[Tensor]:
@@ -145,19 +184,20 @@ def _polygon_radius(points: Tensor) -> tuple[Tensor, Tensor]:
     """Upper bound (B,) of max |y| over {y : p_m . y <= 1}, and the direction (B, 2) in which to look for a further p.
 
     In the sector between p and the next p', ordered by angle, it is at most 1/|p|, 1/|p'| or |y'| for the corner
-    p . y' = p' . y' = 1; infinite where the sector is not convex. The direction is the normal of the worst pair.
+    p . y' = p' . y' = 1; infinite where the sector is not convex. A corner in a narrow sector is no farther than
+    1/|p| but for the cosine of its width. The direction is the normal of the worst pair.
     """
-    order = torch.atan2(points[:, :, 1], points[:, :, 0]).argsort(dim=1)
+    angle, order = torch.atan2(points[:, :, 1], points[:, :, 0]).sort(dim=1)
     p = points.gather(1, order.unsqueeze(2).expand_as(points))
     q = p.roll(-1, dims=1)
-    same = (p == q).all(2)
-    same &= ~same.all(1, keepdim=True)
-    cross = p[:, :, 0] * q[:, :, 1] - p[:, :, 1] * q[:, :, 0]
+    gap = angle.roll(-1, dims=1) - angle
+    gap[:, -1] += 2 * math.pi
+    lengths = p.norm(dim=2) * q.norm(dim=2)
+    cross = p[:, :, 0] * q[:, :, 1] - p[:, :, 1] * q[:, :, 0] - 8 * EPS * lengths
     side = q - p
-    corner = side.norm(dim=2) / cross
-    sector = torch.maximum(corner, torch.maximum(1 / p.norm(dim=2), 1 / q.norm(dim=2)))
-    sector = torch.where(cross > 0, sector, math.inf).masked_fill(same, 0.0)
-    radius, worst = sector.max(1)
+    corner = torch.where(cross > 0, side.norm(dim=2) / cross, math.inf)
+    corner = corner.masked_fill(gap < _NARROW, 0.0)
+    radius, worst = torch.maximum(corner, torch.maximum(1 / p.norm(dim=2), 1 / q.norm(dim=2))).max(1)
     row = torch.arange(len(p), device=p.device)
     normal = torch.stack([side[row, worst, 1], -side[row, worst, 0]], dim=1)
     alone = normal.abs().amax(1, keepdim=True) == 0

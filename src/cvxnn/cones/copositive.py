@@ -10,6 +10,8 @@ interior-point method, batched over gates. Every N on the way gives a bound.
 from __future__ import annotations
 
 import importlib.util
+import math
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -55,7 +57,13 @@ def multiplier_upper(G: Tensor, first: Tensor, second: Tensor, weight: Tensor) -
 
 
 def copositive_bounds(
-    cones: Cones, gate: Tensor, G: Tensor, lower: Tensor, max_rounds: int = 8, tolerance: float = 1e-6
+    cones: Cones,
+    gate: Tensor,
+    G: Tensor,
+    lower: Tensor,
+    max_rounds: int = 8,
+    tolerance: float = 1e-6,
+    deadline: float = math.inf,
 ) -> Tensor:
     """Upper bounds of the dual norms (B,), never above the spectral norm's.
 
@@ -69,6 +77,8 @@ def copositive_bounds(
         Values known to be reached: a gate is finished when its bound is within `tolerance` of it.
     max_rounds : int
         Rounds of choosing pairs of rows; 0 gives the spectral norm.
+    deadline : float
+        Value of ``time.perf_counter()`` at which to stop; the bounds are sound wherever that is.
     """
     spectral = spectral_bounds(G)[1]
     n = len(cones.rows)
@@ -81,13 +91,17 @@ def copositive_bounds(
     sizes = [min(n * (n - 1) // 2, _MOST_PAIRS, growth * k) for k in range(1, max_rounds + 1)]
     upper = spectral.clone()
     for part in chosen.split(max(1, _CHUNK // max(n * n, 4 * sizes[-1] ** 2))):
+        if time.perf_counter() > deadline:
+            break
         K = cones.signs(gate[part])[:, :, None] * cones.rows
-        bound = _column_generation(K, G[part], lower[part], sizes, tolerance)
+        bound = _column_generation(K, G[part], lower[part], sizes, tolerance, deadline)
         upper[part] = torch.minimum(spectral[part], bound)
     return upper
 
 
-def _column_generation(K: Tensor, G: Tensor, lower: Tensor, sizes: list[int], tolerance: float) -> Tensor:
+def _column_generation(
+    K: Tensor, G: Tensor, lower: Tensor, sizes: list[int], tolerance: float, deadline: float
+) -> Tensor:
     """Best bounds over rounds of restricted programs with `sizes` pairs, for rows K (B, n, d)."""
     B, n, d = K.shape
     M = G @ G.mT
@@ -101,7 +115,7 @@ def _column_generation(K: Tensor, G: Tensor, lower: Tensor, sizes: list[int], to
         left, right = _choose_pairs(K[active], density[active], kept[active], n_pairs)
         first, second = (K[active].gather(1, index[:, :, None].expand(-1, -1, d)) for index in (left, right))
         target = lower[active].square() / scale[active, 0, 0]
-        weight, U = _restricted_program(M[active], first, second, target, tolerance)
+        weight, U = _restricted_program(M[active], first, second, target, tolerance, deadline)
         bound = multiplier_upper(G[active], first, second, weight * scale[active, 0])
         upper[active] = torch.minimum(upper[active], bound)
         kept[active] = 0.0
@@ -111,7 +125,7 @@ def _column_generation(K: Tensor, G: Tensor, lower: Tensor, sizes: list[int], to
         kept[active[:, None], left, right] = torch.where(weight > least, weight, 0.0)
         density[active] = U
         active = active[upper[active] > lower[active] * (1 + tolerance)]
-        if len(active) == 0 or n_pairs == n * (n - 1) // 2:
+        if len(active) == 0 or n_pairs == n * (n - 1) // 2 or time.perf_counter() > deadline:
             break
     return upper
 
@@ -134,7 +148,13 @@ def _choose_pairs(K: Tensor, density: Tensor, kept: Tensor, n_pairs: int) -> tup
 
 
 def _restricted_program(
-    M: Tensor, first: Tensor, second: Tensor, target: Tensor, tolerance: float, max_iter: int = 40
+    M: Tensor,
+    first: Tensor,
+    second: Tensor,
+    target: Tensor,
+    tolerance: float,
+    deadline: float = math.inf,
+    max_iter: int = 40,
 ) -> tuple[Tensor, Tensor]:
     """Weights nu >= 0 that make lambda_max(M + sum_e nu_e A_e) small, A_e = (a_e b_e^T + b_e a_e^T) / 2.
 
@@ -172,7 +192,7 @@ def _restricted_program(
         gap = (U * Z).sum((1, 2)) + (w * nu).sum(1)
         finished = (gap < tolerance / 4) | (best[going] <= target * (1 + tolerance))
         left = ~finished & (torch.maximum(primal, dual) > _STUCK)
-        if not bool(left.any()):
+        if not bool(left.any()) or time.perf_counter() > deadline:
             break
         going = going[left]
         M, first, second, target, s, nu, w, U = (x[left] for x in (M, first, second, target, s, nu, w, U))

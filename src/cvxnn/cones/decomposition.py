@@ -78,7 +78,7 @@ def _along_interior(cones: Cones, gate: Tensor, z: Tensor) -> Tensor:
     flat = (cones.interior(gate)[1] <= 0).nonzero()[:, 0]
     if len(flat):
         raise InvalidInputError(
-            f"z for gate {int(gate[flat[0]])} is not a difference of two points of its cone, which has no interior;"
+            f"the cone of gate {int(gate[flat[0]])} has no interior, and z is not a difference of two of its points;"
             " a gate with an interior point, or z in the span of the cone, is wanted."
         )
     return cones.repair(gate, z)

@@ -59,6 +59,7 @@ def cone_dual_norms(
     tolerance: float = 1e-6,
     max_evaluations: int = 4000,
     random_state: int = 0,
+    deadline: float = math.inf,
 ) -> ConeDual:
     """Bounds of the dual norm of the ReLU program for matrices G_k in the cones of gates (section 3 of the maths).
 
@@ -83,6 +84,8 @@ def cone_dual_norms(
         Most projections per matrix for "branching"; bounds are sound however early it stops.
     random_state : int
         Seed of the random starts.
+    deadline : float
+        Value of ``time.perf_counter()`` at which to stop searching, for matrices of rank above one.
 
     Returns
     -------
@@ -99,7 +102,7 @@ def cone_dual_norms(
     check_choice(method, "method", METHODS)
     gate, G, error = _check(cones, gate, G, error)
     scaled, exponent, finite = _normalise(G)
-    search = _Search(cones, method, starts, tolerance, max_evaluations, random_state)
+    search = _Search(cones, method, starts, tolerance, max_evaluations, random_state, deadline)
     upper, u = search.bounds(gate, scaled, init)
     upper = torch.minimum(upper, spectral_bounds(scaled)[1])
     u, v, lower = _witness(cones, gate, scaled, u)
@@ -120,6 +123,7 @@ class _Search:
     tolerance: float
     max_evaluations: int
     random_state: int
+    deadline: float
 
     def bounds(self, gate: Tensor, G: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor]:
         """Upper bounds (B,) and directions u (B, d)."""
@@ -161,7 +165,7 @@ class _Search:
         v = direction_starts(self.cones, gate, G, self.starts, self.random_state)
         if init is not None:
             v = torch.cat([v, init / init.norm(dim=2, keepdim=True).clamp_min(1e-300)], 1)
-        u, v, value = alternate(self.cones, gate, G, v)
+        u, v, value = alternate(self.cones, gate, G, v, deadline=self.deadline)
         method = self.method
         if method == "auto":
             method = "branching" if G.shape[2] <= MAX_OUTPUTS else "copositive"
@@ -171,9 +175,9 @@ class _Search:
                     f"method='branching' serves matrices of rank at most {MAX_OUTPUTS}, got rank {G.shape[2]};"
                     " use method='copositive'."
                 )
-            return branch_and_bound(self.cones, gate, G, u, value, self.tolerance, self.max_evaluations)
+            return branch_and_bound(self.cones, gate, G, u, value, self.tolerance, self.max_evaluations, self.deadline)
         if method == "copositive":
-            return copositive_bounds(self.cones, gate, G, value, tolerance=self.tolerance), u
+            return copositive_bounds(self.cones, gate, G, value, tolerance=self.tolerance, deadline=self.deadline), u
         if method == "sdp":
             return sdp_bounds(self.cones, gate, G), u
         return spectral_bounds(G)[1], u

@@ -1,19 +1,17 @@
-"""Projection onto cones in up to three dimensions in closed form, from the few rows that matter in each cone.
+"""Projection onto cones of the line and the plane in closed form, from the few rows that matter in each cone.
 
-A cone in the plane or in space has few facets. The rows that turn out to be violated are kept in a table, gate by
-gate; with the rows of the table the projection is on one of few faces, and all of them are tried at once. A point
-that respects all the other rows too is the projection onto the cone itself; otherwise the most violated row joins
-the table. Tables settle after a few calls.
+A cone in the plane has at most two facets. The rows that turn out to be violated are kept in a table, gate by gate;
+with the rows of the table the projection is z itself, or on the line of one row, or zero, and all of these are tried
+at once. A point that respects all the other rows too is the projection onto the cone itself; otherwise the most
+violated row joins the table. Tables settle after a few calls.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import torch
 from torch import Tensor
 
-from cvxnn.cones.projection import TOLERANCE, Projection
+from cvxnn.cones.projection import NEGLIGIBLE, TOLERANCE, Projection
 
 __all__ = ["MOST_DIMENSIONS", "FaceTable"]
 
@@ -23,18 +21,28 @@ _MOST_ROWS = 12
 _FIRST_ROWS = 4
 #: Slacks of face candidates, for vectors z of norm 1.
 _FACE_TOLERANCE = 1e-13
-#: Sine of the angle of two rows below which their edge is left to the general method.
+#: Sine of the angle of two rows below which what they span is left to the general method.
 _PARALLEL = 1e-6
+#: Distance of z + K^T lambda from the point, relative to z, above which the general method is asked.
+_ACCURATE = 1e-11
 
 
 class FaceTable:
-    """The rows that matter in every cone {u : diag(signs_k) rows u >= 0}, d <= 3.
+    """The rows that matter in every cone {u : diag(signs_k) rows u >= 0}, d <= 2.
 
     Parameters
     ----------
     rows : Tensor of shape (n, d)
-        Unit rows, float64.
+        Unit rows, float64; n >= d.
     patterns : Tensor of shape (P, n), bool
+
+    Attributes
+    ----------
+    index : Tensor of shape (P, F), long
+        Rows in the table of each gate, -1 in the padding.
+    normals : Tensor of shape (P, F, d)
+        These rows with their signs, zeros in the padding.
+    count : Tensor of shape (P,), long
     """
 
     def __init__(self, rows: Tensor, patterns: Tensor) -> None:
@@ -55,14 +63,12 @@ class FaceTable:
         unit = torch.ldexp(z, -exponent)
         size = unit.norm(dim=1, keepdim=True)
         unit = unit / torch.where(size > 0, size, 1.0)
-        point = torch.zeros_like(z)
+        point, weight = torch.zeros_like(z), torch.zeros_like(z)
         local = torch.full((r, d), -1, dtype=torch.long, device=z.device)
-        weight = torch.zeros_like(z)
         failed = torch.zeros(r, dtype=torch.bool, device=z.device)
         left = torch.arange(r, device=z.device)
         while len(left):
-            own = gate[left]
-            found, rows, values, known = _project(self.normals[own], unit[left])
+            found, rows, values, known = _project(self.normals[gate[left]], unit[left])
             point[left], local[left], weight[left] = found, rows, values
             slack, worst = (found @ self.rows.T).mul_(signs if len(left) == r else signs[left]).min(1)
             violated = known & (slack < -TOLERANCE * found.norm(dim=1))
@@ -72,9 +78,10 @@ class FaceTable:
                 left = left[self._add(gate[left], worst[violated], failed, left)]
         index = torch.where(local < 0, -1, self.index[gate].gather(1, local.clamp_min(0)))
         used = self.normals[gate[:, None], local.clamp_min(0)]
-        weight = weight * size
         polar = torch.einsum("ra,rad->rd", weight, used)
-        point, weight, polar = (torch.ldexp(part, exponent) for part in (point * size, weight, polar))
+        failed |= (unit + polar - point).norm(dim=1) > _ACCURATE
+        parts = (torch.ldexp(part * size, exponent) for part in (point, weight, polar))
+        point, weight, polar = parts
         return Projection(point, index, weight, polar), failed
 
     def _add(self, gate: Tensor, row: Tensor, failed: Tensor, pairs: Tensor) -> Tensor:
@@ -109,65 +116,52 @@ def _project(normals: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     """
     r, d = z.shape
     slack = torch.bmm(normals, z.unsqueeze(2)).squeeze(2)
-    gram = torch.bmm(normals, normals.mT)
     point, index, weight = z.clone(), torch.full((r, d), -1, dtype=torch.long, device=z.device), torch.zeros_like(z)
     known = slack.amin(1) >= -_FACE_TOLERANCE
-    for level in range(1, d + 1):
-        left = (~known).nonzero()[:, 0]
-        if len(left) == 0:
-            break
-        combos = torch.tensor(list(combinations(range(normals.shape[1]), level)), device=z.device)
-        if len(combos) == 0:
-            break
-        A, s, G = normals[left], slack[left], gram[left]
-        values, independent = _multipliers(A, s, G, z[left], combos)
-        good = independent & (values >= 0).all(2)
-        if level < d:
-            moved = s.unsqueeze(1) + torch.einsum("rea,raef->ref", values, G[:, combos.T])
-            good &= moved.amin(2) >= -_FACE_TOLERANCE
-        found, best = good.max(1)
-        chosen, hit = left[found], combos[best[found]]
-        index[chosen, :level] = hit
-        weight[chosen, :level] = values[found, best[found]]
-        point[chosen] = _on_face(normals[chosen[:, None], hit], z[chosen])
+    left = (~known).nonzero()[:, 0]
+    if len(left):
+        found, hit = _single_rows(normals[left], slack[left])
+        chosen, hit = left[found], hit[found]
+        row = normals[chosen, hit]
+        index[chosen, 0], weight[chosen, 0] = hit, -slack[chosen, hit]
+        point[chosen] = _on_line(row, z[chosen])
+        known[chosen] = True
+        left = left[~found]
+    if d == 2 and len(left):
+        found, pair, values = _pairs_of_rows(normals[left], z[left])
+        chosen = left[found]
+        index[chosen], weight[chosen], point[chosen] = pair[found], values[found], 0.0
         known[chosen] = True
     return point, index, weight, known
 
 
-def _multipliers(A: Tensor, s: Tensor, G: Tensor, z: Tensor, combos: Tensor) -> tuple[Tensor, Tensor]:
-    """Multipliers (r, E, level) that put the slacks of every combination of rows to zero, and where they exist."""
-    level = combos.shape[1]
-    if level == 1:
-        rows = G.diagonal(dim1=1, dim2=2) > 0.5
-        return -s.unsqueeze(2), rows
-    i, j = combos[:, 0], combos[:, 1]
-    if level == 2:
-        g = G[:, i, j]
-        determinant = 1 - g.square()
-        independent = (determinant > _PARALLEL**2) & (G[:, i, i] + G[:, j, j] > 1.5)
-        determinant = torch.where(independent, determinant, 1.0)
-        values = torch.stack([g * s[:, j] - s[:, i], g * s[:, i] - s[:, j]], dim=2) / determinant.unsqueeze(2)
-        return values, independent
-    k = combos[:, 2]
-    crosses = [torch.linalg.cross(A[:, a], A[:, b]) for a, b in ((j, k), (k, i), (i, j))]
-    determinant = (A[:, i] * crosses[0]).sum(2)
-    independent = determinant.abs() > _PARALLEL**2
-    determinant = torch.where(independent, determinant, 1.0)
-    # -z in terms of three rows: its products with the reciprocal basis.
-    return torch.stack([-(cross * z.unsqueeze(1)).sum(2) for cross in crosses], dim=2) / determinant[
-        :, :, None
-    ], independent
+def _single_rows(normals: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the projection is on the line of a single row (s,), and of which (s,)."""
+    gram = torch.bmm(normals, normals.mT)
+    moved = slack.unsqueeze(1) - slack.unsqueeze(2) * gram  # slacks of all rows where one of them is made zero
+    good = (slack <= 0) & (gram.diagonal(dim1=1, dim2=2) > 0.5) & (moved.amin(2) >= -_FACE_TOLERANCE)
+    found, hit = good.max(1)
+    return found, hit
 
 
-def _on_face(active: Tensor, z: Tensor) -> Tensor:
-    """Projections of z (r, d) onto the orthogonal complement of independent rows (r, level, d)."""
-    level, d = active.shape[1:]
-    if level == d:
-        return torch.zeros_like(z)
-    if level == 1:
-        row = active[:, 0]
-        for _ in range(2):
-            z = z - row * (row * z).sum(1, keepdim=True)
-        return z
-    edge = torch.linalg.cross(active[:, 0], active[:, 1])
-    return edge * ((edge * z).sum(1, keepdim=True) / edge.square().sum(1, keepdim=True))
+def _pairs_of_rows(normals: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether -z (s, 2) is a non-negative combination of two rows (s,), which (s, 2), and its coefficients (s, 2)."""
+    i, j = torch.triu_indices(normals.shape[1], normals.shape[1], 1, device=z.device)
+    a, b = normals[:, i], normals[:, j]
+    determinant = _cross(a, b)
+    usable = determinant.abs() > _PARALLEL
+    outer = z.unsqueeze(1)
+    values = torch.stack([-_cross(outer, b), _cross(outer, a)], 2) / torch.where(usable, determinant, 1.0).unsqueeze(2)
+    found, best = (usable & (values >= 0).all(2)).max(1)
+    return found, torch.stack([i, j], 1)[best], values[torch.arange(len(z), device=z.device), best]
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+def _on_line(row: Tensor, z: Tensor) -> Tensor:
+    """Unit vectors z (s, d) without their components along unit rows (s, d); zero where nothing is left."""
+    for _ in range(2):
+        z = z - row * (row * z).sum(1, keepdim=True)
+    return torch.where(z.norm(dim=1, keepdim=True) > NEGLIGIBLE, z, 0.0)

@@ -15,13 +15,14 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from cvxnn.cones.active_sets import DEPENDENT, NEGATIVE, apply, split
+from cvxnn.cones.active_sets import ActiveSets as _ActiveSets
+
 __all__ = ["Constraints", "Projection", "project_cones", "solve", "tangent"]
 
 TOLERANCE = 1e-12  # violation of the returned point, relative to its norm
 NEGLIGIBLE = 1e-13  # a projection shorter than this, relative to z, is zero
 SOLVED, UNFINISHED, INFEASIBLE = 0, 1, 2
-_DEPENDENT = 1e-13  # a unit row this close to the span of the active rows counts as dependent
-_NEGATIVE = 1e-13  # multipliers above -this, relative to the largest, are zero
 _ACCURATE = 1e-11  # point - z and K^T lambda may differ by this, relative to z, before another method is tried
 _RESTORES = 4
 _ROUNDS = 20  # per coordinate, before a pair is finished by other means
@@ -93,7 +94,7 @@ class Constraints:
 
     def slack(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Slacks (r, n), and the norms (r,) of u that they are relative to."""
-        u = y if self.basis is None else _apply(self.basis, y)
+        u = y if self.basis is None else apply(self.basis, y)
         slack = (u @ self.rows.T).mul_(self.signs)
         return (slack if self.rhs is None else slack.sub_(self.rhs)), u.norm(dim=1)
 
@@ -101,7 +102,7 @@ class Constraints:
         """Normals (s, ..., d), in the coordinates y, of rows `index` (s, ...) of s pairs."""
         pairs = pairs.view(-1, *[1] * (index.ndim - 1))
         normals = self.rows[index] * self.signs[pairs, index].unsqueeze(-1)
-        return normals if self.basis is None else _apply(self.basis[pairs].mT, normals)
+        return normals if self.basis is None else apply(self.basis[pairs].mT, normals)
 
     def bounds(self, pairs: Tensor, index: Tensor) -> Tensor:
         """Right-hand sides (s,) of row `index` (s,) of s pairs."""
@@ -148,9 +149,9 @@ def tangent(projection: Projection, normals: Tensor) -> Tensor:
     r, a, d = normals.shape
     basis = normals.new_zeros(r, d, a)
     for j in range(a):
-        _, rest = _split(basis, normals[:, j])
+        _, rest = split(basis, normals[:, j])
         size = rest.norm(dim=1)
-        keep = (projection.multiplier[:, j] > 0) & (size > _DEPENDENT)
+        keep = (projection.multiplier[:, j] > 0) & (size > DEPENDENT)
         basis[:, :, j] = torch.where(keep, 1 / size, 0.0)[:, None] * torch.where(keep[:, None], rest, 0.0)
     projector = -(basis @ basis.mT)
     projector.diagonal(dim1=1, dim2=2).add_(1.0)
@@ -194,119 +195,6 @@ def solve(
     return Projection(sets.point, sets.index, multiplier, polar), sets.status
 
 
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _split(basis: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients in an orthonormal basis (s, d, m), and the rest, orthogonal to it to rounding."""
-    coefficient = _apply(basis.mT, vector)
-    rest = vector - _apply(basis, coefficient)
-    correction = _apply(basis.mT, rest)
-    return coefficient + correction, rest - _apply(basis, correction)
-
-
-class _ActiveSets:
-    """Active rows of r pairs in slots, in any order: K_A^T = Q R, Q orthonormal; empty slots hold zeros.
-
-    `inverse` is R^-1. A row is dropped by the Householder reflection that turns the direction leaving the span
-    into its own slot, so R need not be triangular. `stale` marks pairs whose factors saw such an update.
-    """
-
-    def __init__(self, z: Tensor, width: int, shifted: bool) -> None:
-        r, d = z.shape
-        self.z, self.point, self.shifted = z, z.clone(), shifted
-        self.basis, self.inverse = z.new_zeros(r, d, width), z.new_zeros(r, width, width)
-        self.index = torch.full((r, width), -1, dtype=torch.long, device=z.device)
-        self.multiplier, self.bound = z.new_zeros(r, width), z.new_zeros(r, width)
-        self.stale = torch.zeros(r, dtype=torch.bool, device=z.device)
-        self.status = torch.zeros(r, dtype=torch.long, device=z.device)
-
-    def add(self, pairs: Tensor, slot: Tensor, row: Tensor, bound: Tensor, parts: tuple[Tensor, Tensor]) -> None:
-        """Put a row into an empty slot; `parts` are its coefficients in the active rows and the rest."""
-        direction, rest = parts
-        scale = 1 / rest.norm(dim=1, keepdim=True)
-        self.basis[pairs, :, slot] = rest * scale
-        self.inverse[pairs, : direction.shape[1], slot] = direction * -scale
-        self.inverse[pairs, slot, slot] = scale[:, 0]
-        self.index[pairs, slot] = row
-        self.bound[pairs, slot] = bound
-
-    def drop(self, pairs: Tensor, slot: Tensor) -> None:
-        """Empty a slot."""
-        basis, inverse = self.basis[pairs], self.inverse[pairs]
-        every = torch.arange(len(pairs), device=pairs.device)
-        mirror = inverse[every, slot]
-        mirror = mirror / mirror.norm(dim=1, keepdim=True)
-        mirror[every, slot] += torch.where(mirror[every, slot] < 0, -1.0, 1.0)
-        twice = 2 * mirror / (mirror * mirror).sum(1, keepdim=True)
-        basis -= _apply(basis, mirror)[:, :, None] * twice[:, None, :]
-        inverse -= _apply(inverse, mirror)[:, :, None] * twice[:, None, :]
-        basis[every, :, slot], inverse[every, :, slot], inverse[every, slot] = 0.0, 0.0, 0.0
-        self.basis[pairs], self.inverse[pairs] = basis, inverse
-        self.index[pairs, slot] = -1
-        self.multiplier[pairs, slot], self.bound[pairs, slot] = 0.0, 0.0
-        self.stale[pairs] = True
-
-    def solution(self, pairs: Tensor) -> None:
-        """Point and multipliers of min 1/2 ||y - z||^2 s.t. K_A y = b_A."""
-        basis, inverse, z = self.basis[pairs], self.inverse[pairs], self.z[pairs]
-        level = _apply(inverse.mT, self.bound[pairs]) if self.shifted else 0.0
-        step = level - _apply(basis.mT, z)
-        point = z + _apply(basis, step)
-        correction = level - _apply(basis.mT, point)
-        self.point[pairs] = point + _apply(basis, correction)
-        self.multiplier[pairs] = _apply(inverse, step + correction)
-
-    def settle(self, pairs: Tensor, width: int) -> None:
-        """Remove the rounding error of the active slacks (the first `width` slots hold all of them)."""
-        basis, point = self.basis[:, :, :width][pairs], self.point[pairs]
-        level = _apply(self.inverse[:, :width, :width][pairs].mT, self.bound[pairs, :width]) if self.shifted else 0.0
-        self.point[pairs] = point + _apply(basis, level - _apply(basis.mT, point))
-
-    def factor(self, constraints: Constraints, pairs: Tensor, index: Tensor) -> None:
-        """Factors of the given active rows from scratch, without those that depend on others."""
-        for part in (self.basis, self.inverse, self.bound, self.multiplier):
-            part[pairs] = 0.0
-        self.index[pairs] = -1
-        index = index.sort(dim=1, descending=True).values
-        for j in range(min(self.index.shape[1], int((index >= 0).sum(1).max()))):
-            row = index[:, j]
-            normal = constraints.normals(pairs, row.clamp_min(0))
-            coefficient, rest = _split(self.basis[pairs], normal)
-            keep = ((row >= 0) & (rest.norm(dim=1) > _DEPENDENT * normal.norm(dim=1))).nonzero()[:, 0]
-            bound = constraints.bounds(pairs[keep], row[keep])
-            direction = _apply(self.inverse[pairs[keep]], coefficient[keep])
-            self.add(pairs[keep], torch.full_like(keep, j), row[keep], bound, (direction, rest[keep]))
-        self.solution(pairs)
-        self.stale[pairs] = False
-
-    def restore(self, constraints: Constraints, pairs: Tensor, index: Tensor) -> None:
-        """Factors of (a subset of) the given rows, such that all multipliers are non-negative."""
-        self.factor(constraints, pairs, index)
-        negative = pairs
-        while len(negative):
-            least, slot = self.multiplier[negative].min(dim=1)
-            wrong = least < -_NEGATIVE * self.multiplier[negative].abs().amax(1)
-            negative, slot = negative[wrong], slot[wrong]
-            self.drop(negative, slot)
-            self.solution(negative)
-        changed = pairs[self.stale[pairs]]
-        if len(changed):
-            self.factor(constraints, changed, self.index[changed])
-        self.multiplier[pairs] = self.multiplier[pairs].clamp_min(0)
-
-    def multipliers(self, constraints: Constraints) -> tuple[Tensor, Tensor]:
-        """Multipliers after one step of refinement, and K^T lambda formed from them."""
-        pairs = torch.arange(len(self.z), device=self.z.device)
-        active = (self.index >= 0).to(self.z.dtype)
-        normals = constraints.normals(pairs, self.index.clamp_min(0)) * active[:, :, None]
-        error = self.point - self.z - _apply(normals.mT, self.multiplier)
-        correction = _apply(self.inverse, _apply(self.basis.mT, error))
-        multiplier = (self.multiplier + correction * active).clamp_min(0)
-        return multiplier, _apply(normals.mT, multiplier)
-
-
 def _iterate(constraints: Constraints, sets: _ActiveSets, pairs: Tensor, tolerance: float) -> None:
     """Goldfarb-Idnani steps for `pairs` until each is feasible, or known not to end."""
     floor = NEGLIGIBLE * sets.z.norm(dim=1) if constraints.rhs is None else sets.z.new_full((len(sets.z),), -1.0)
@@ -343,16 +231,16 @@ def _include(part: Constraints, sets: _ActiveSets, pairs: Tensor, row: Tensor) -
         who, normal_now = pairs[local], normal[local]
         occupied = sets.index[who] >= 0
         width = int((occupied.any(0).int() * torch.arange(1, occupied.shape[1] + 1, device=who.device)).max())
-        coefficient, rest = _split(sets.basis[:, :, :width][who], normal_now)
-        direction = _apply(sets.inverse[:, :width, :width][who], coefficient)
+        coefficient, rest = split(sets.basis[:, :, :width][who], normal_now)
+        direction = apply(sets.inverse[:, :width, :width][who], coefficient)
         square = (rest * rest).sum(1)
-        dependent = (square <= (_DEPENDENT * size[local]) ** 2) | occupied.all(1)
+        dependent = (square <= (DEPENDENT * size[local]) ** 2) | occupied.all(1)
         gap = (bound[local] - (normal_now * sets.point[who]).sum(1)).clamp_min(0)
         full = torch.where(dependent, torch.inf, gap / square)
         multiplier = sets.multiplier[who, :width]
         if width:
             largest = direction.abs().amax(1, keepdim=True)
-            blocking = occupied[:, :width] & (direction > _NEGATIVE * largest)
+            blocking = occupied[:, :width] & (direction > NEGATIVE * largest)
             partial, slot = torch.where(blocking, multiplier / direction, torch.inf).min(dim=1)
         else:
             partial, slot = torch.full_like(full, torch.inf), torch.zeros_like(who)
@@ -405,9 +293,9 @@ def _feasible(normals: Tensor, point: Tensor, size: float) -> Tensor:
         least, row = (normals @ point).min(dim=0)
         if float(least) >= -TOLERANCE * float(point.norm()):
             return point
-        rest = _split(basis, normals[row][None])[1]
-        if basis.shape[2] == len(point) or float(rest.norm()) <= _DEPENDENT:
+        rest = split(basis, normals[row][None])[1]
+        if basis.shape[2] == len(point) or float(rest.norm()) <= DEPENDENT:
             break
         basis = torch.cat([basis, (rest / rest.norm())[:, :, None]], dim=2)
-        point = _split(basis, point[None])[1][0]
+        point = split(basis, point[None])[1][0]
     return torch.zeros_like(point)

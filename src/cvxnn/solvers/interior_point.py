@@ -111,7 +111,7 @@ class InteriorPoint(Solver):
         self.finished = self.last or point is None
         if point is not None:
             self.point = point
-            self.scale = evaluate(self.problem, point.blocks()).primal
+            self.scale = self._objective()
             self.tolerance, self.last = _TIGHTEST, True
 
     def _objective(self) -> float:

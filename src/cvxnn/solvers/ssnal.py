@@ -11,7 +11,7 @@ import torch
 
 from cvxnn.certificates import relative_gap
 from cvxnn.columns import Columns
-from cvxnn.cones import Projection
+from cvxnn.cones import FaceMemory
 from cvxnn.dual_norms import price_cones
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
@@ -66,12 +66,17 @@ class SsnalOptions:
 
 @dataclass
 class _Groups:
-    """The vectors x of every (gate, sign), at first those of sign +1: shrunken projections onto the cones."""
+    """The vectors x of every (gate, sign), at first those of sign +1: shrunken projections onto the cones.
+
+    `chosen` are the groups that are not zero, `unit` their directions, `shares` what the shrinkage left of the
+    projections, `faces` the projectors on the spans of their faces.
+    """
 
     chosen: torch.Tensor
     x: torch.Tensor
-    projection: Projection
+    unit: torch.Tensor
     shares: torch.Tensor
+    faces: torch.Tensor
 
     @property
     def squares(self) -> float:
@@ -163,8 +168,7 @@ class Ssnal(Solver):
 
     def _use_gates(self) -> None:
         self.part = self.op if len(self.gates) == self.op.n_gates else self.op.select(self.gates)
-        r, d = 2 * len(self.gates), self.op.block_shape[1]
-        self.faces = torch.full((r, min(d, self.op.n_samples)), -1, dtype=torch.long, device=self.x.device)
+        self.memory = FaceMemory(self.all_cones, self.gates.repeat(2))
 
     def step(self) -> None:
         """Rounds until the working set is solved well enough for a certificate, then price all gates."""
@@ -270,21 +274,10 @@ class Ssnal(Solver):
         G = self.part.adjoint(dual[:, None])[:, :, 0]
         z = (self.x - self.sigma * torch.stack([G, -G])).view(-1, G.shape[1])
         threshold = self.sigma * self.problem.beta
-        chosen = (z.norm(dim=1) > threshold).nonzero()[:, 0]
-        projection = self._project(chosen, z[chosen])
-        sizes = projection.point.norm(dim=1)
-        kept = sizes > threshold
-        chosen, projection, sizes = chosen[kept], projection.select(kept), sizes[kept]
+        chosen, point = self.memory.project_long(z, threshold)
+        sizes = point.norm(dim=1)
         shares = 1 - threshold / sizes
-        return _Groups(chosen, shares[:, None] * projection.point, projection, shares)
-
-    def _project(self, chosen: torch.Tensor, z: torch.Tensor) -> Projection:
-        gate = self.gates[chosen % len(self.gates)]
-        index = self.faces[chosen]
-        start = Projection(z, index, torch.zeros_like(index, dtype=z.dtype), z)
-        projection = self.all_cones.project(gate, z, start)
-        self.faces[chosen, : projection.index.shape[1]] = projection.index
-        return projection
+        return _Groups(chosen, shares[:, None] * point, point / sizes[:, None], shares, self.memory.face[chosen])
 
     def _columns(self, groups: _Groups) -> Columns:
         """x_kj of gate k with its sign."""
@@ -314,11 +307,9 @@ class Ssnal(Solver):
 
     def _directions(self, groups: _Groups) -> torch.Tensor:
         """D_k X M^(1/2) (n, r d), with M the derivative of the prox: the face, shortened across x."""
-        faces = self.all_cones.tangent(groups.projection, self.gates[groups.chosen % len(self.gates)])
-        unit = groups.projection.point / groups.projection.point.norm(dim=1, keepdim=True)
-        along = unit[:, :, None] * unit[:, None, :]
+        along = groups.unit[:, :, None] * groups.unit[:, None, :]
         root = groups.shares.sqrt()[:, None, None]
-        roots = root * faces + (1 - root) * along
+        roots = root * groups.faces + (1 - root) * along
         gate = self.gates[groups.chosen % len(self.gates)]
         X = self.op.data_tensors()[0]
         masks = self.op.patterns[:, gate].to(X.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
-from cvxnn.dual_norms import Neurons
+from cvxnn.dual_norms import Neurons, bounds_are_cheap
 from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
@@ -31,7 +31,7 @@ from cvxnn.solvers.burer_monteiro.cone_newton import (
     evaluate_columns,
     natural_step,
 )
-from cvxnn.solvers.burer_monteiro.cone_pricing import bounds_are_cheap, violated_neurons
+from cvxnn.solvers.burer_monteiro.cone_pricing import violated_neurons
 
 __all__ = ["ConeGlobal", "ConeOptions"]
 

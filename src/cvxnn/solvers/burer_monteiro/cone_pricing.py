@@ -10,19 +10,12 @@ from cvxnn.dual_norms import Neurons, price_cones
 from cvxnn.norms import MatrixNorm
 from cvxnn.operators import Operator
 
-__all__ = ["bounds_are_cheap", "violated_neurons"]
+__all__ = ["violated_neurons"]
 
 #: Gates looked at for witnesses before all are bounded from above: so many entries of X, within limits.
 _FIRST_LOOK = 200_000
 _FEWEST, _MOST = 8, 128
 _STARTS = 4
-
-
-def bounds_are_cheap(op: Operator, cones: Cones) -> bool:
-    """Whether the dual norms of cones have closed forms or are projections: one output, or rank two."""
-    if op.n_outputs == 1 or cones.n_features <= 2 or len(cones.rows) == 0:
-        return True
-    return int(torch.linalg.matrix_rank(cones.rows)) <= 2
 
 
 def violated_neurons(
