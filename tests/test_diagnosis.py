@@ -1,6 +1,5 @@
 """Diagnosis of factors: curvature against explicit Hessians, theorems with all that they ask for, tables."""
 
-import copy
 import json
 import math
 
@@ -12,7 +11,6 @@ import cvxnn
 from cvxnn import curvature
 from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
-from cvxnn.problem import Problem
 from cvxnn.theorems import PointFacts, theorems
 from tests.helpers import LOSSES, make_data, make_problem
 
@@ -271,23 +269,17 @@ def test_counterexample_is_not_stationary_for_gates():
     assert not any(found.theorem(name).applies for name in (*GLOBAL, "Theorem 3.4"))
 
 
-class ReluProblem(Problem):
-    """A problem that says of itself that it is one of ReLU."""
-
-    activation = "relu"
-
-
-def test_nothing_is_concluded_for_relu():
-    problem, factors = counterexample()
-    relu = copy.copy(problem)
-    relu.__class__ = ReluProblem
-    for point in (factors, tuple(torch.zeros_like(part) for part in factors)):
-        found = cvxnn.diagnose(relu, point)
-        assert found.status == "undecided" and found.curvature is None and found.theorem_bound is None
-        assert not any(entry.applies for entry in found.theorems)
-        assert "relu" in found.theorem("Theorem 3.5").reason and "relu" in found.verdict
-        assert found.unavailable and math.isfinite(found.certificate.primal)
-        json.dumps(found.to_dict(), allow_nan=False)
+def test_more_gates_than_a_certificate_lists():
+    """Certificates leave the ratios of more than 10,000 gates out."""
+    rng = np.random.default_rng(0)
+    problem = cvxnn.mlp_problem(
+        rng.standard_normal((6, 2)), rng.standard_normal(6), gates=rng.standard_normal((2, 10_001))
+    )
+    n_gates, p, q = problem.operator.block_shape
+    found = cvxnn.diagnose(problem, (torch.zeros(n_gates, p, 1), torch.zeros(n_gates, q, 1)), second_order=False)
+    assert found.certificate.gate_ratios == () and len(found.gates) == n_gates
+    worst = max(gate.dual_norm_ratio for gate in found.gates)
+    assert worst == pytest.approx(found.certificate.dual_norm_ratio, rel=1e-9)
 
 
 @pytest.mark.parametrize("norms", [("l1", "l2"), ("l2", "l1"), ("linf", "l2")], ids="-".join)

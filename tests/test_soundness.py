@@ -9,8 +9,23 @@ from tests.soundness.__main__ import WIDE, main, summarise
 from tests.soundness.check import Report, check_problem
 from tests.soundness.problems import random_instance
 from tests.soundness.reference import Reference
+from tests.soundness.relu_cells import cell_patterns
+from tests.soundness.relu_check import check_relu_problem
+from tests.soundness.relu_norms import ConeMaxima, project
+from tests.soundness.relu_problems import random_relu_instance
+from tests.soundness.relu_reference import ReluReference
 
 N_PROBLEMS = 40
+#: Scalar ReLU problems: all neurons, and given gates.
+RELU_PROBLEMS = (1, 2, 3, 25)
+RELU_MISTAKES = {
+    "witness": (1, "lower_bound <= p*"),
+    "projection": (1, "is the nearest point"),
+    "caps": (1, "gate_ratios >= q_k / beta"),
+    "feasibility": (25, "an infeasible point has an infinite gap"),
+    "cone_model": (2, "primal <= objective of the true network"),
+    "one_sign": (2, "lower_bound <= p*"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +83,89 @@ def test_reference_duals_are_feasible_and_below_random_points(index: int) -> Non
         gradient = reference.loss.gradient(T)
         equality = reference.loss.value(T) + reference.loss.conjugate(gradient) - (gradient * T).sum()
         assert abs(equality) <= 1e-15 * max(reference.plain_loss, float(reference.loss.value(T)))
+
+
+@pytest.fixture(scope="module")
+def relu_reports() -> list[Report]:
+    scalar = [check_relu_problem(0, index, small=True) for index in RELU_PROBLEMS]
+    return [*scalar, check_relu_problem(0, 2, small=True, outputs="vector")]
+
+
+def test_no_certificate_of_a_relu_problem_is_contradicted(relu_reports: list[Report]) -> None:
+    assert [violation for report in relu_reports for violation in report.violations] == []
+    assert summarise(relu_reports)["certificates"] > 15 * len(relu_reports)
+
+
+def test_relu_intervals_of_one_output_are_narrow(relu_reports: list[Report]) -> None:
+    assert max(report.relative_width for report in relu_reports[:-1]) < WIDE
+
+
+@pytest.mark.parametrize("tamper", RELU_MISTAKES)
+def test_deliberate_mistakes_with_cones_are_found(tamper: str) -> None:
+    index, statement = RELU_MISTAKES[tamper]
+    violations = check_relu_problem(0, index, tamper, small=True).violations
+    assert statement in {violation.statement for violation in violations}
+
+
+def test_command_serves_relu_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--activation", "relu", "--problems", "1", "--first", "12", "--jobs", "1", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["certificates"] > 15
+    with pytest.raises(SystemExit):
+        main(["--tamper", "caps"])
+
+
+def test_relu_problems_are_varied() -> None:
+    instances = [random_relu_instance(0, index) for index in range(120)]
+    assert {np.linalg.matrix_rank(instance.X) for instance in instances} >= {1, 2, 3}
+    assert len({(i.loss, i.reduction, i.output_bias, i.gates is None) for i in instances}) == 24
+    assert {trait for instance in instances for trait in instance.traits} >= {"scaled", "opposite rows", "zero rows"}
+
+
+@pytest.mark.parametrize("index", range(0, 40, 5))
+def test_cells_of_the_reference_are_all_that_dense_samples_see(index: int) -> None:
+    X = random_relu_instance(1, index).X
+    X = X[X.any(1)]
+    if len(X) == 0:
+        return
+    u = np.random.default_rng(index).normal(size=(X.shape[1], 20_000)) / np.maximum(np.abs(X).max(0), 1e-300)[:, None]
+    values = (X / np.linalg.norm(X, axis=1, keepdims=True)) @ u
+    clear = (np.abs(values) > 1e-9 * np.linalg.norm(u, axis=0)).all(0)
+    seen = {column.tobytes() for column in (values > 0).T[clear]}
+    assert seen <= {pattern.tobytes() for pattern in cell_patterns(X)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_maxima_of_the_reference_hold_for_dense_samples(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    X, c = rng.normal(size=(6, 2 + seed % 2)), 1 + seed % 3
+    nu, u = rng.normal(size=(6, c)), rng.normal(size=(20_000, X.shape[1]))
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    sampled = np.linalg.norm(np.maximum(u @ X.T, 0) @ nu, axis=1).max()
+    lower, upper, best = ConeMaxima(X, cell_patterns(X)).interval(nu.astype(np.longdouble))
+    assert sampled <= upper
+    assert sampled * (1 - 1e-10) <= lower <= upper
+    assert np.linalg.norm(np.maximum(X @ best, 0) @ nu) == pytest.approx(lower, rel=1e-12)
+
+
+def test_projections_of_the_reference_survive_a_wrong_nnls(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    K = rng.normal(size=(5, 3))
+    K = np.vstack([K, K[:2], -K[:1]])
+    K /= np.linalg.norm(K, axis=1, keepdims=True)
+    points = rng.normal(size=(10, 3))
+    right = [project(K, g) for g in points]
+    monkeypatch.setattr("tests.soundness.relu_norms.nnls", lambda A, b, maxiter: (np.zeros(A.shape[1]), 0.0))
+    for g, expected in zip(points, right, strict=True):
+        assert np.abs(project(K, g) - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("index", [1, 4, 8, 25])
+def test_relu_reference_duals_are_below_random_networks(index: int) -> None:
+    reference = ReluReference(random_relu_instance(2, index, small=True))
+    rng = np.random.default_rng(index)
+    best = reference.interval
+    for _ in range(10):
+        value, nu = reference.dual_value(rng.normal(size=reference.Y.shape) * 10 ** rng.uniform(-3, 1))
+        assert reference.dual_norm(nu)[1] <= reference.beta * (1 + 1e-12)
+        assert value <= best.upper * (1 + 1e-12)

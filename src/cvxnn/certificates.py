@@ -326,7 +326,8 @@ def _stationarity(problem: Problem, point: Evaluation, nu: torch.Tensor) -> floa
         return math.inf
     if point.factors is not None:
         columns = Columns.from_factors(*point.factors)
-        residual = _factor_stationarity(problem, columns if problem.cones is None else columns.without_zeros(), nu)
+        used = (columns.u != 0).any(1) | (columns.v != 0).any(1)
+        residual = _factor_stationarity(problem, columns if problem.cones is None else columns[used], nu)
     elif point.penalty == 0 or point.Z is None:
         residual = 0.0
     elif problem.norm.name == "nuclear":

@@ -101,6 +101,15 @@ class ConeColumns:
             counted=counted_zeros(problem, every, zero, padding),
         )
 
+    def free_gates(self, problem: Problem) -> Tensor:
+        """Gates with a column of zeros that can become any neuron of their cones, (P,) bool.
+
+        A zero neuron of a network can go to any cell, where there is padding for it; a zero column of (19) only
+        into its own cone.
+        """
+        network = problem.scope == "relu_network" and bool(self.counted.any())
+        return self.gates_with(self.zero if network else self.counted, problem.n_gates)
+
     def gates_with(self, mask: Tensor, n_gates: int) -> Tensor:
         """Which gates have a column of a mask, (P,) bool."""
         out = torch.zeros(n_gates, dtype=torch.bool, device=mask.device)
@@ -156,12 +165,11 @@ def examine_point(
     if network and problem.cones is not None and len(faces):
         crossing, n_crossings, elsewhere = _crossings(problem, faces, nu, harmless, tol)
     facts = _facts(columns, faces, crossing, n_crossings)
-    witness = descent_neuron(problem, point, nu, prices)
+    witness = descent_neuron(problem, point, nu, prices, columns.free_gates(problem))
     found = ConePoint("", facts, witness, None, threshold)
     if crossing is not None and crossing > tol:
         return dataclasses.replace(found, conclusion="crossing")
 
-    # A zero neuron of a network can go to any cell, a zero column of (19) only to its own cone.
     counted = columns.gates_with(columns.counted, problem.n_gates)
     reached = torch.ones_like(counted) if network and bool(counted.any()) else counted
     if bool((reached & (prices.lower > level)).any()):
@@ -218,14 +226,11 @@ def _free_column(
     problem: Problem, point: Evaluation, nu: Tensor, columns: ConeColumns, prices: ConePrices, found: ConePoint
 ) -> ConePoint:
     """A zero column leads down: the steepest neuron of a gate that has a place for it."""
-    counted = columns.gates_with(columns.counted, problem.n_gates)
-    places = columns.counted
-    if problem.scope == "relu_network":
-        counted, places = columns.gates_with(columns.zero, problem.n_gates), columns.zero
-    witness = descent_neuron(problem, point, nu, prices, counted)
+    witness = descent_neuron(problem, point, nu, prices, columns.free_gates(problem), only_free=True)
     if witness is None:
         return dataclasses.replace(found, conclusion="free column")
-    place = int((places & (columns.every.gate == witness.gate)).nonzero()[0, 0])
+    zero = columns.zero if problem.scope == "relu_network" else columns.counted
+    place = int((zero & (columns.every.gate == witness.gate)).nonzero()[0, 0])
     curvature = free_curvature(problem, point, place, witness)
     return dataclasses.replace(found, conclusion="free column", witness=witness, curvature=curvature)
 

@@ -20,6 +20,8 @@ __all__ = ["ConeResiduals", "Faces", "cone_residuals", "counted_zeros", "neighbo
 ACTIVE = 1e-8
 #: Columns with a residual above this, relative to their own size, are too rough to judge.
 RESOLVED = 1e-3
+#: Columns of at most this size, relative to the largest, are zeros.
+_VANISHED = 1e-14
 #: Directions of the active rows with a singular value below this depend on the others.
 _DEPENDENT = 1e-9
 _ENTRIES = 1 << 22
@@ -100,14 +102,17 @@ def zero_columns(columns: Columns, tol: float) -> Tensor:
 def counted_zeros(problem: Problem, columns: Columns, zero: Tensor, padding: bool) -> Tensor:
     """Which of the zero columns are columns that can move, (r,) bool.
 
-    Where all neurons are allowed the point is a network, and a gate of zeros alone holds none of its neurons.
+    Where all neurons are allowed the point is a network, and a gate of zeros alone holds none of its neurons. What is
+    small but not zero up to rounding always counts.
     """
+    sizes = column_sizes(columns)
+    there = sizes > _VANISHED * sizes.max()
     if padding:
-        return torch.zeros_like(zero)
+        return zero & there
     if problem.scope != "relu_network" or bool(zero.all()):
         return zero
     used = torch.zeros(problem.n_gates, dtype=torch.bool, device=zero.device)
-    used[columns.gate[~zero]] = True
+    used[columns.gate[there]] = True
     return zero & used[columns.gate]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cvxnn.certificates import Certificate
-from cvxnn.cone_points import ConePoint
+from cvxnn.cone_points import SLACK, ConePoint
 from cvxnn.cone_witness import DescentNeuron
 from cvxnn.cones import FEASIBILITY
 from cvxnn.theorems import PointFacts, Theorem, global_proof, proven_gap, short
@@ -68,8 +68,9 @@ def _stationary(
     if found.conclusion in reasons:
         return "undecided", f"{reasons[found.conclusion]}; {proven}", way
     globally = "whether it is global is open"
-    if found.witness is not None and found.witness.ratio > 1 + 10 * facts.tol:
-        globally = f"not global: ||G_k^T u|| is {found.witness.ratio:.4g} beta for a u in gate {found.witness.gate}"
+    if found.witness is not None and found.witness.ratio > 1 + SLACK * facts.tol:
+        among = "not global" if found.witness.fits else "not global among wider networks"
+        globally = f"{among}: ||G_k^T u|| is {found.witness.ratio:.4g} beta for a u in gate {found.witness.gate}"
     elif true_gap is not None and true_gap[0] > facts.tol:
         globally = "not global: the optimum is lower"
     kind = (
@@ -81,7 +82,8 @@ def _stationary(
 def _way_down(witness: DescentNeuron | None) -> str:
     if witness is None:
         return ""
+    room = "" if witness.fits else ", all columns being in use"
     return (
         f"the witness, a further column in gate {witness.gate}, lowers the objective by {witness.decrease:.4g}"
-        f" (step {witness.step:.4g})"
+        f" (step {witness.step:.4g}){room}"
     )

@@ -42,6 +42,10 @@ class DescentNeuron:
         The column (sqrt(step) u, sqrt(step) v) lowers the objective most of all its multiples.
     decrease : float
         By so much.
+    fits : bool
+        Whether there is room for it: a column of zeros, or two columns of a gate that can be merged so that the
+        objective falls all the same. Then the point is not optimal with the columns that it has; otherwise it is
+        not optimal among wider networks, and may be so with its own columns.
     """
 
     gate: int
@@ -50,6 +54,7 @@ class DescentNeuron:
     ratio: float
     step: float
     decrease: float
+    fits: bool
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""
@@ -77,18 +82,25 @@ def gate_prices(problem: Problem, nu: Tensor, above: float) -> ConePrices:
 
 
 def descent_neuron(
-    problem: Problem, point: Evaluation, nu: Tensor, prices: ConePrices, allowed: Tensor | None = None
+    problem: Problem,
+    point: Evaluation,
+    nu: Tensor,
+    prices: ConePrices,
+    free: Tensor,
+    only_free: bool = False,
 ) -> DescentNeuron | None:
     """The steepest neuron that lowers the objective; None where none is found.
 
     Parameters
     ----------
-    allowed : Tensor of shape (P,), bool, optional
-        Gates that it may be in.
+    free : Tensor of shape (P,), bool
+        Gates with a column of zeros that can become the neuron.
+    only_free : bool
+        Only neurons of these gates are wanted.
     """
     values = prices.neurons.lower
-    if allowed is not None:
-        values = torch.where(allowed[prices.neurons.gate], values, 0.0)
+    if only_free:
+        values = torch.where(free[prices.neurons.gate], values, 0.0)
     best = int(values.argmax())
     ratio = float(values[best]) / problem.beta
     if not ratio > 1:
@@ -97,11 +109,50 @@ def descent_neuron(
     column = Columns(gate.unsqueeze(0), u.unsqueeze(0), v.unsqueeze(0))
     direction = problem.operator.double().network_outputs(column)
     step = best_step(problem, point.predictions, direction)
-    after = problem.loss.value(point.predictions + step * direction, problem.Y64, problem.weights)
-    decrease = point.loss - float(after) - problem.beta * step
+    predictions = point.predictions + step * direction
+    decrease = point.loss - _loss(problem, predictions) - problem.beta * step
     if not decrease > 0:
         return None
-    return DescentNeuron(int(gate), u.clone(), v, ratio, step, decrease)
+    fits = bool(free[gate]) or _merging_costs(problem, point, predictions, int(gate)) < decrease
+    return DescentNeuron(int(gate), u.clone(), v, ratio, step, decrease, fits)
+
+
+def _loss(problem: Problem, predictions: Tensor) -> float:
+    return float(problem.loss.value(predictions, problem.Y64, problem.weights))
+
+
+def _merging_costs(problem: Problem, point: Evaluation, predictions: Tensor, gate: int) -> float:
+    """What it costs to merge two columns of a gate: those whose v are closest in direction.
+
+    (u_1, v) and (u_2, t v) are (u_1 + t u_2, v), in the cone too, at no larger penalty. A network may merge any two
+    neurons of one cell to have room for another in any cell; (19) those of the gate of the new one.
+    """
+    assert point.factors is not None
+    U, V = (part.double() for part in point.factors)
+    if problem.scope == "relu_network":
+        gates = ((U != 0).any(1) & (V != 0).any(1)).sum(1).ge(2).nonzero()[:, 0].tolist()
+    else:
+        gates = [gate]
+    best = math.inf
+    for k in gates:
+        used = ((U[k] != 0).any(0) & (V[k] != 0).any(0)).nonzero()[:, 0]
+        if len(used) < 2:
+            continue
+        u, v = U[k, :, used].T, V[k, :, used].T
+        sizes = torch.linalg.vector_norm(v, dim=1)
+        cosines = (v / sizes[:, None]) @ (v / sizes[:, None]).T
+        cosines.fill_diagonal_(-2.0)
+        i, j = divmod(int(cosines.argmax()), len(used))
+        pair = torch.tensor([i, j], device=u.device)
+        unit = v[pair].sum(0) / torch.linalg.vector_norm(v[pair].sum(0)).clamp_min(1e-300)
+        joined = (sizes[pair, None] * u[pair]).sum(0)
+        place = torch.full((3,), k, device=u.device)
+        columns = Columns(place, torch.cat([u[pair], joined[None]]), torch.cat([-v[pair], unit[None]]))
+        after = _loss(problem, predictions + problem.operator.double().network_outputs(columns))
+        sides = u[pair].square().sum() + v[pair].square().sum()
+        penalty = problem.beta * float(torch.linalg.vector_norm(joined) - sides / 2)
+        best = min(best, after - _loss(problem, predictions) + penalty)
+    return best
 
 
 def best_step(problem: Problem, predictions: Tensor, direction: Tensor) -> float:

@@ -151,7 +151,8 @@ class Diagnosis:
             bound = f"{self.theorem_bound:.2e}"
         elif self.stationary and self.stationarity <= STATIONARITY_TOLERANCE:
             bound = "none"
-        eigenvalue = "not computed"
+        proven = self.faces is not None and self.faces.proven
+        eigenvalue = "not needed: no small change is better" if proven else "not computed"
         if curvature is not None:
             close = "" if curvature.converged else ", an upper bound only: Lanczos did not converge"
             place = ""
@@ -160,6 +161,8 @@ class Diagnosis:
             elif curvature.value < 0:
                 place = f", {curvature.share:.0%} in gate {curvature.gate}"
             eigenvalue = f"{short(curvature.value)} (residual {curvature.residual:.1e}{place}{close})"
+            if self.activation == "relu" and curvature.method == "free column":
+                eigenvalue = f"{short(curvature.value)} at most, of a column of zeros in gate {curvature.gate}"
         ranks = [entry.rank for entry in self.gates]
         rows = [
             ("objective", f"{cert.primal:.8g}, at least {cert.lower_bound:.8g} is needed ({self.scope})"),
@@ -182,7 +185,7 @@ class Diagnosis:
         """What there is for ReLU only."""
         rows = []
         if self.activation == "relu":
-            rows.append(("outside the cones", f"{self.certificate.infeasibility:.1e}"))
+            rows.append(("outside the cones", f"{abs(self.certificate.infeasibility):.1e}"))
         if self.faces is not None:
             rows += _face_rows(self.faces)
         if self.witness is not None:
@@ -358,11 +361,11 @@ def _unavailable(problem: Problem, second_order: bool) -> tuple[str, ...]:
 
 
 def _face_rows(faces: FaceFacts) -> list[tuple[str, str]]:
-    padding = f" and {faces.n_padding} of padding" if faces.n_padding else ""
+    padding = f", {faces.n_padding} of padding" if faces.n_padding else ""
     least = "" if faces.least_multiplier is None else f", multipliers from {faces.least_multiplier:.1e} beta"
     weak = f", {faces.n_weak} active rows without one" if faces.n_weak else ""
     rows = [
-        ("columns", f"{faces.n_columns}, and {faces.n_zero} zeros{padding}"),
+        ("columns", f"{faces.n_columns} in use, {faces.n_zero} of zeros{padding}"),
         ("faces of the cones", f"{faces.n_on_faces} columns on them{least}{weak}"),
         ("||P_S G_k||_2 / beta", f"{faces.ratio:.8g} at most, S the span of the face of a column"),
     ]

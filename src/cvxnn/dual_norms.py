@@ -15,8 +15,9 @@ from cvxnn.operators import Operator
 
 __all__ = ["ConePrices", "Neurons", "bounds_are_cheap", "gate_dual_norms", "price_cones"]
 
-#: Gates whose cones are looked at together; the number grows from round to round.
+#: Gates whose cones are looked at together; the number grows from round to round. So few are looked at at once.
 _FIRST_ROUND = 64
+_FEW_GATES = 1_000
 _LARGEST_ROUND = 16_384
 #: Bounds closer than this to the largest value found decide nothing any more.
 _DECIDED = 1e-12
@@ -115,7 +116,8 @@ def price_cones(
     count = 0
     cheap = bounds_are_cheap(op, cones)
     deadline = math.inf if seconds is None or cheap else time.perf_counter() + seconds
-    for part in _rounds(len(order), _FIRST_ROUND if cheap else 4):
+    first = len(order) if op.n_outputs == 1 and len(order) < _FEW_GATES else _FIRST_ROUND
+    for part in _rounds(len(order), first if cheap else 4):
         gates = order[part]
         level = float(lower.max()) * (1 + _DECIDED) if above is None else above
         gates = gates[upper[gates] > level]

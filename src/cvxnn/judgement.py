@@ -141,7 +141,7 @@ def judge_cones(
         )
     if is_global or point.infeasibility > FEASIBILITY:
         return judgement
-    return replace(judgement, witness=descent_neuron(problem, point, nu, prices))
+    return replace(judgement, witness=descent_neuron(problem, point, nu, prices, columns.free_gates(problem)))
 
 
 def _not_finite(

@@ -156,8 +156,9 @@ def to_relu(
     Examples
     --------
     >>> import cvxnn
+    >>> from cvxnn.datasets import spiral
     >>> from cvxnn.relaxation import to_relu
-    >>> X, y = cvxnn.datasets.spiral(60)
+    >>> X, y = spiral(60)
     >>> result = cvxnn.solve(cvxnn.mlp_problem(X, y, n_gates=20, beta=1e-3))
     >>> decomposition = to_relu(result)
     >>> decomposition.objective >= result.certificate.lower_bound

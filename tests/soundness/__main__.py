@@ -1,6 +1,6 @@
 """Check many random problems: ``python -m tests.soundness --problems 300 --seed 0 --jobs 2 [--json]``.
 
-With ``--activation relu`` these are ReLU problems of low rank with one output, or with ``--outputs vector`` two or three.
+With ``--activation relu`` these are ReLU problems of low rank, with one output, or ``--outputs vector``: two or three.
 """
 
 from __future__ import annotations

@@ -15,25 +15,24 @@ import torch
 
 import cvxnn
 from cvxnn.columns import Columns
-from cvxnn.cones import FEASIBILITY, cone_dual_norms, cones
+from cvxnn.cones import FEASIBILITY, cones
 from cvxnn.losses import Huber
-from cvxnn.neurons import neuron_dual_norm
 from cvxnn.patterns.activation import pack_columns
 from cvxnn.solvers import SOLVERS
 from cvxnn.solvers.base import make_options
 from tests.soundness.check import TOLERANCE, Report, Violation
 from tests.soundness.relu_audit import check_audit
-from tests.soundness.relu_norms import project
+from tests.soundness.relu_bounds import check_bounds
+from tests.soundness.relu_points import Points, PointSource
 from tests.soundness.relu_problems import ReluInstance, random_relu_instance
 from tests.soundness.relu_reference import Network, ReluReference
 from tests.soundness.tamper import tampered
 
 __all__ = ["ReluChecker", "check_relu_problem"]
 
-_SECONDS = 0.5
+_SECONDS = {False: 0.5, True: 0.1}
 _SOLVERS = ("ssnal", "bm_global", "frank_wolfe", "bm_projected_gd", "interior_point")
 _STEPS = {"interior_point": 1, "bm_global": 6, "ssnal": 12, "frank_wolfe": 12, "bm_projected_gd": 60}
-_METHODS = ("copositive", "branching", "spectral", "auto")
 
 
 def check_relu_problem(
@@ -53,8 +52,8 @@ def check_relu_problem(
         stack.enter_context(tampered(tamper))
         if instance.caps or tamper == "caps":
             stack.enter_context(mock.patch.object(cones, "_MANY_GATES", 1))
-        checker = ReluChecker(instance, reference, report)
-        checker.check_all(np.random.default_rng([seed, index, 1]), small)
+        checker = ReluChecker(instance, reference, report, small)
+        checker.check_all(np.random.default_rng([seed, index, 1]))
     report.relative_width = reference.interval.relative_width
     report.seconds = time.perf_counter() - begin
     return report
@@ -63,8 +62,10 @@ def check_relu_problem(
 class ReluChecker:
     """One problem, its reference and what was found."""
 
-    def __init__(self, instance: ReluInstance, reference: ReluReference, report: Report) -> None:
-        self.instance, self.reference, self.report = instance, reference, report
+    def __init__(self, instance: ReluInstance, reference: ReluReference, report: Report, small: bool = False) -> None:
+        self.instance, self.reference, self.report, self.small = instance, reference, report, small
+        self.seconds = _SECONDS[small]
+        self.source = PointSource(instance, reference)
         self.problem = cvxnn.mlp_problem(
             instance.data,
             instance.Y,
@@ -81,23 +82,28 @@ class ReluChecker:
         assert self.problem.cones is not None
         self.cones = self.problem.cones
 
-    def check_all(self, rng: np.random.Generator, small: bool) -> None:
+    def check_all(self, rng: np.random.Generator) -> None:
         self.check_patterns()
         self.match_patterns()
         seen = self.reference.beta_max
         if seen > 0:
             self.expect("beta_max", "beta_max is large enough", (seen - self.problem.beta_max) / seen)
-        results = [(name, self.solve(name)) for name in self.solvers(small)]
+        results = []
+        for name in self.solvers():
+            with self.without_errors():
+                results.append((name, self.solve(name)))
         for _, result in results:
             self.reference.offer(self.to_network(result.factors, result.intercept))
         for name, result in results:
-            self.check_result(name, result)
-        for points in (self.iterates(), self.points(rng), self.infeasible_points(rng), self.dual_points(rng)):
+            with self.without_errors():
+                self.check_result(name, result)
+        source = self.source
+        for points in (self.iterates(), source.feasible(rng), source.infeasible(rng), source.with_duals(rng)):
             with self.without_errors():
                 for name, network, options in points:
                     self.check_point(name, network, **options)
         with self.without_errors():
-            self.check_bounds(rng)
+            check_bounds(self, rng)
         with self.without_errors():
             check_audit(self, rng)
 
@@ -114,7 +120,7 @@ class ReluChecker:
     def violated(self, point: str, statement: str, excess: float) -> None:
         self.report.violations.append(Violation(self.report.index, point, statement, excess))
 
-    def expect(self, point: str, statement: str, excess: float, tolerance: float = TOLERANCE) -> None:
+    def expect(self, point: str, statement: str, excess: float | np.floating, tolerance: float = TOLERANCE) -> None:
         """Note a violation unless the relative `excess` is within the tolerance."""
         if not excess <= tolerance:
             self.violated(point, statement, float(excess))
@@ -142,30 +148,27 @@ class ReluChecker:
         keys = pack_columns(self.problem.patterns.numpy()[rows])
         self.numbers = np.array([numbers.get(key, -1) for key in keys])
 
-    def solvers(self, small: bool) -> list[str]:
+    def solvers(self) -> list[str]:
         """Two solvers in turn, "bm_global" among them where there are several outputs."""
         able = [name for name in _SOLVERS if SOLVERS[name].unsupported(self.problem) is None]
         turn = self.report.index // 3
         chosen = {able[0], able[1 + turn % (len(able) - 1)]}
-        if self.problem.n_gates > 150 or small:
+        if self.problem.n_gates > 150 or self.small:
             chosen.discard("interior_point")
         return sorted(chosen)
 
     def solve(self, name: str) -> cvxnn.Result:
-        return cvxnn.solve(self.problem, solver=name, tol=1e-6, time_limit=_SECONDS, random_state=0)
+        return cvxnn.solve(self.problem, solver=name, tol=1e-6, time_limit=self.seconds, random_state=0)
 
     def to_network(self, factors: tuple[torch.Tensor, torch.Tensor], intercept: torch.Tensor | None) -> Network:
         """Factors as a network of the reference, zero columns left out."""
         columns = Columns.from_factors(*(part.double() for part in factors)).without_zeros()
         u, v = columns.u.numpy(), columns.v.numpy()
-        if intercept is None:
-            found = self.reference.best_intercept(u, v)
-        else:
-            found = intercept.double().numpy()
+        found = self.reference.best_intercept(u, v) if intercept is None else intercept.double().numpy()
         return Network(u, v, self.numbers[columns.gate.numpy()], found)
 
     def check_result(self, name: str, result: cvxnn.Result) -> None:
-        """What `solve` returns: its certificate, feasibility, the network, the trace; "certified" means what it says."""
+        """What `solve` returns: certificate, cones, network and trace, and that "certified" means what it says."""
         point, size = f"solution of {name}", self.reference.interval.size
         network = self.to_network(result.factors, result.intercept)
         self.check_certificate(point, result.certificate, network)
@@ -180,9 +183,9 @@ class ReluChecker:
             self.expect(f"trace of {name}", "lower_bound <= p*", below)
         outputs = result.network()(torch.from_numpy(self.instance.data).to(self.problem.dtype)).detach().double()
         expected = self.reference.outputs(network.u, network.v) + network.intercept
-        parts = np.abs(expected).max() + np.abs(self.instance.X).max() * np.abs(network.u).sum() * np.abs(network.v).max(
-            initial=0
-        )
+        parts = np.abs(expected).max() + np.abs(self.instance.X).max() * np.abs(network.u).sum() * np.abs(
+            network.v
+        ).max(initial=0)
         off = np.abs(outputs.numpy()[self.reference.used] - expected).max() / (parts or 1.0)
         self.expect(point, "network() is this network", float(off), 1e-9 if self.problem.dtype.itemsize == 8 else 1e-4)
 
@@ -201,9 +204,7 @@ class ReluChecker:
         found = cvxnn.certify(self.problem, factors=factors, intercept=given, dual=dual)
         self.check_certificate(point, found, network, given is not None or not self.instance.output_bias)
 
-    def check_certificate(
-        self, point: str, found: cvxnn.Certificate, network: Network, exact: bool = True
-    ) -> None:
+    def check_certificate(self, point: str, found: cvxnn.Certificate, network: Network, exact: bool = True) -> None:
         """Hold one certificate against the interval; `exact` where the intercept is that of the network."""
         interval, report = self.reference.interval, self.report
         violation = self.reference.violation(network.gate, network.u)
@@ -268,11 +269,11 @@ class ReluChecker:
             least = self.reference.cones.bounds(number, self.reference.cones.block(number, rows))[0]
             self.expect(point, "gate_ratios >= q_k / beta", least / beta - found.gate_ratios[k] - slack)
 
-    def iterates(self) -> Iterator[tuple[str, Network, dict]]:
+    def iterates(self) -> Points:
         """Iterates of one solver, with its dual points."""
         able = [name for name in _SOLVERS[:-1] if SOLVERS[name].unsupported(self.problem) is None]
         kind = SOLVERS[able[self.report.index // 2 % len(able)]]
-        solver = kind(self.problem, make_options(kind, None), 1e-6, _SECONDS, None, 0)
+        solver = kind(self.problem, make_options(kind, None), 1e-6, self.seconds, None, 0)
         solver.start(None)
         steps, begin = _STEPS[kind.name], time.perf_counter()
         for step in range(1, steps + 1):
@@ -281,125 +282,5 @@ class ReluChecker:
                 it = solver.iterate()
                 network = self.to_network(it.factors, it.intercept)
                 yield f"iterate {step} of {kind.name}", network, {"dual": it.dual, "intercept": True}
-            if solver.finished or time.perf_counter() - begin > _SECONDS:
+            if solver.finished or time.perf_counter() - begin > self.seconds:
                 break
-
-    def points(self, rng: np.random.Generator) -> Iterator[tuple[str, Network, dict]]:
-        """Zero, the best network known, scaled ones and random feasible ones."""
-        best = self.best()
-        yield "zero", self.reference.zero, {}
-        yield "reference", best, {"intercept": True}
-        yield "half the reference", self.with_intercept(0.7 * best.u, 0.7 * best.v, best.gate), {}
-        for scale in (1e-3, 1.0, 30.0):
-            yield f"random feasible, scale {scale:g}", self.random_network(rng, scale), {}
-        if self.instance.output_bias:
-            shifted = best.intercept + rng.normal(size=len(best.intercept))
-            yield "random intercept", Network(best.u, best.v, best.gate, shifted), {"intercept": True}
-
-    def infeasible_points(self, rng: np.random.Generator) -> Iterator[tuple[str, Network, dict]]:
-        """Random columns of wrong cells, and columns pushed out of their cones by about a given amount."""
-        network = self.random_network(rng, 1.0)
-        wrong = rng.integers(len(self.reference.patterns), size=len(network.gate))
-        turned = network.u + rng.normal(size=network.u.shape) * np.linalg.norm(network.u, axis=1, keepdims=True)
-        yield "random columns", self.with_intercept(turned, network.v, wrong), {}
-        yield "columns of other cells", self.with_intercept(network.u, network.v, wrong), {}
-        kept = np.flatnonzero(self.reference.cones.kept)
-        for amount in (1e-13, 5e-11, 2e-10, 1e-7, 1e-4, 0.03):
-            if len(kept) == 0 or len(network.gate) == 0:
-                return
-            u = network.u.copy()
-            row = self.instance.X[rng.choice(kept)]
-            row = row / np.linalg.norm(row)
-            pattern = self.reference.patterns[network.gate[0]]
-            sign = 1.0 if pattern[kept][np.argmin(np.abs(self.reference.cones.rows @ (self.reference.Q.T @ row) - 1))] else -1.0
-            u[0] -= row * (row @ u[0]) + sign * amount * np.linalg.norm(u[0]) * row
-            yield f"a column out by about {amount:g}", self.with_intercept(u, network.v, network.gate), {}
-
-    def dual_points(self, rng: np.random.Generator) -> Iterator[tuple[str, Network, dict]]:
-        """The best network with dual points near the optimal one, and random ones."""
-        best, nu = self.best(), self.reference.full(self.reference.interval.nu.astype(float))
-        noise = rng.normal(size=nu.shape)
-        noise /= np.linalg.norm(noise)
-        for name, dual in {
-            "reference dual": nu,
-            "1e-8 from the dual": nu + 1e-8 * np.linalg.norm(nu) * noise,
-            "random dual": noise,
-            "reference dual times 1.3": 1.3 * nu,
-        }.items():
-            yield name, best, {"dual": dual}
-
-    def check_bounds(self, rng: np.random.Generator) -> None:
-        """Projections and bounds of the dual norms for random matrices, with the methods in turn."""
-        P, d, c = self.problem.n_gates, self.instance.X.shape[1], self.instance.Y.shape[1]
-        gate = rng.integers(P, size=8)
-        G = rng.normal(size=(8, d, c)) * 10 ** rng.uniform(-8, 8)
-        exact = ReluReference(self.instance, self.reference.patterns[self.numbers], self.reference.beta).cones
-        projected = self.cones.project(torch.from_numpy(gate), torch.from_numpy(G[:, :, 0]))
-        for k, z, point, polar in zip(gate, G[:, :, 0], projected.point, projected.polar, strict=True):
-            nearest = project(exact.normals(int(k)), z).astype(float)
-            size = np.linalg.norm(z)
-            self.expect("projection", "is the nearest point", np.linalg.norm(point.numpy() - nearest) / size, 1e-8)
-            bound = np.linalg.norm(z + polar.numpy()) / size
-            self.expect("projection", "its multiplier proves it", np.linalg.norm(nearest) / size - bound)
-        method = _METHODS[self.report.index % len(_METHODS)]
-        for name in {"auto", method}:
-            found = cone_dual_norms(self.cones, torch.from_numpy(gate), torch.from_numpy(G), method=name)
-            for i, k in enumerate(gate):
-                lower, upper, _ = exact.bounds(int(k), G[i].astype(np.longdouble))
-                size = np.linalg.norm(G[i])
-                self.expect(f"{name} bound", "upper >= q", (lower - float(found.upper[i])) / size)
-                self.expect(f"{name} bound", "lower <= q", (float(found.lower[i]) - upper) / size)
-        self.check_neurons(rng)
-
-    def check_neurons(self, rng: np.random.Generator) -> None:
-        """The dual norm over all neurons without their patterns, and its witness."""
-        if not self.reference.all_neurons:
-            return
-        c = self.instance.Y.shape[1]
-        for nu in (rng.normal(size=(len(self.reference.Y), c)), self.reference.interval.nu.astype(float)):
-            rows = self.reference.full(nu)
-            lower, upper, _ = self.reference.dual_norm(nu.astype(np.longdouble))
-            size = float((np.linalg.norm(self.instance.X, axis=1) * np.linalg.norm(rows, axis=1)).sum()) or 1.0
-            found = neuron_dual_norm(
-                torch.from_numpy(self.instance.X), torch.from_numpy(rows), time_limit=0.2, max_nodes=5000, starts=16
-            )
-            self.expect("neuron_dual_norm", "upper >= q", (lower - found.upper) / size, 1e-12)
-            self.expect("neuron_dual_norm", "lower <= q", (found.lower - upper) / size, 1e-12)
-            u = found.u.numpy().astype(np.longdouble)
-            value = np.maximum(self.instance.X.astype(np.longdouble) @ u, 0) @ rows
-            reached = float(np.sqrt((value**2).sum()))
-            self.expect("neuron_dual_norm", "its neuron attains lower", (found.lower - reached) / size, 1e-12)
-
-    def best(self) -> Network:
-        """The best network known with the gate of each neuron, in whose cone it is."""
-        best = self.reference.interval.network
-        if len(best.gate) and (best.gate < 0).any():
-            return Network(best.u, best.v, self.cells(best.u), best.intercept)
-        return best
-
-    def cells(self, u: np.ndarray) -> np.ndarray:
-        """The pattern that each neuron (m, d) violates least."""
-        rows = self.reference.cones.rows @ self.reference.Q.T
-        signs = np.where(self.reference.patterns[:, self.reference.cones.kept], 1.0, -1.0)
-        if rows.shape[0] == 0:
-            return np.zeros(len(u), int)
-        return (signs[:, None, :] * (u @ rows.T)[None]).min(2).argmax(0)
-
-    def with_intercept(self, u: np.ndarray, v: np.ndarray, gate: np.ndarray) -> Network:
-        """A network with its best intercept."""
-        return Network(u, v, gate, self.reference.best_intercept(u, v))
-
-    def random_network(self, rng: np.random.Generator, scale: float) -> Network:
-        """Random neurons of the size of the best network, each in its cone."""
-        m, d, c = int(rng.integers(1, 5)), self.instance.X.shape[1], self.instance.Y.shape[1]
-        best = self.reference.interval.network
-        size = scale * (np.sqrt((best.u**2).sum()) or np.sqrt(1 / self.reference.size))
-        u, v = rng.normal(size=(m, d)), size * rng.normal(size=(m, c))
-        if self.reference.all_neurons:
-            gate = self.cells(u)
-        else:
-            gate = rng.integers(len(self.reference.patterns), size=m)
-            u = np.array([self.reference._inside(int(k), z) for k, z in zip(gate, u, strict=True)])
-            moving = np.linalg.norm(u, axis=1) > 1e-6
-            u, v, gate = u[moving], v[moving], gate[moving]
-        return self.with_intercept(size * u, v, gate)

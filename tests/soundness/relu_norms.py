@@ -13,6 +13,8 @@ _ACCURATE = 1e-12
 _FEASIBLE = 1e-13
 _ASCENTS = 6
 _ROUNDS = 30
+_FEW = 12
+_SAMPLES = 2000
 
 
 def project(K: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -84,19 +86,44 @@ class ConeMaxima:
 
     def interval(self, nu: np.ndarray) -> tuple[float, float, np.ndarray]:
         """lower <= max over all cones <= upper, and the u that attains the lower one."""
-        return self._interval([self.block(k, nu) for k in range(len(self.patterns))])
-
-    def _interval(self, blocks: list[np.ndarray]) -> tuple[float, float, np.ndarray]:
+        blocks = [self.block(k, nu) for k in range(len(self.patterns))]
         spectral = np.array([np.linalg.norm(G.astype(float), 2) if G.size else 0.0 for G in blocks])
+        order = np.argsort(-spectral)
         lower, upper, best = 0.0, 0.0, np.zeros(self.X.shape[1])
-        for k in np.argsort(-spectral):
+        seen = []
+        for k in order:
             if spectral[k] <= upper:
                 break
             low, high, u = self.bounds(int(k), blocks[k], float(spectral[k]))
             upper = max(upper, high)
+            seen.append(k)
+            if low > lower:
+                lower, best = low, u
+        if nu.shape[1] == 1 or spectral.max(initial=0) == 0:
+            return lower, upper, best
+        # The upper bounds of the other cones are decided, but one of them may have the best witness.
+        for k in set(self._promising(nu, order)).difference(seen):
+            low, _, u = self.bounds(int(k), blocks[k], float(spectral[k]))
             if low > lower:
                 lower, best = low, u
         return lower, upper, best
+
+    def _promising(self, nu: np.ndarray, order: np.ndarray) -> list[int]:
+        """The cones of the best of many random directions, and those with the largest spectral norms."""
+        if len(order) <= _FEW:
+            return [int(k) for k in order]
+        numbers = {pattern[self.kept].tobytes(): k for k, pattern in enumerate(self.patterns)}
+        u = np.random.default_rng(1).normal(size=(_SAMPLES, self.X.shape[1]))
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+        values = np.linalg.norm(np.maximum(u @ self.X.T, 0) @ nu.astype(float), axis=1)
+        found: dict[int, None] = {}
+        for direction in u[np.argsort(-values)]:
+            k = numbers.get((self.rows @ direction > 0).tobytes())
+            if k is not None:
+                found[k] = None
+            if len(found) == _FEW // 2:
+                break
+        return [*found, *(int(k) for k in order[: _FEW // 4])]
 
     def bounds(self, k: int, G: np.ndarray, spectral: float | None = None) -> tuple[float, float, np.ndarray]:
         """Bounds of max { ||G^T u|| } over cone k, and a feasible unit u that attains the lower one."""

@@ -48,7 +48,7 @@ def solve_directions(
         warnings.simplefilter("ignore")
         if not solve_with_clarabel(program, tolerance):
             return None
-    columns = u.value / reference.size
+    columns = np.asarray(u.value) / reference.size
     return columns, gate, directions, np.asarray(b.value)[0], scale * np.asarray(tie.dual_value)
 
 

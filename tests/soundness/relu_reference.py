@@ -73,7 +73,9 @@ class ReluReference:
             cells, rows = cell_patterns(self.X), self.X.any(1)
             # Neurons that are not active on any sample do nothing.
             self.patterns = cells[cells[:, rows].any(1)] if rows.any() else cells
-        self.Z, self.Q = low_rank(self.X) if self.all_neurons else (self.X, np.eye(self.X.shape[1]))
+        self.Z, self.Q = self.X, np.eye(self.X.shape[1])
+        if self.all_neurons:
+            self.Z, self.Q = low_rank(self.X)
         self.cones = ConeMaxima(self.Z, self.patterns)
         norms = np.linalg.norm(self.Z[self.used], axis=1)
         self.size = float(np.sqrt(np.mean(norms[norms > 0] ** 2))) if norms.any() else 1.0

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from cvxnn import bounds, certificates, dual_norms
-from cvxnn.cones import Cones, ConeDual, cones
+from cvxnn.cones import ConeDual, Cones, cones
 from cvxnn.cones import cone_dual_norms as exact_dual_norms
 from cvxnn.cones.caps import bounding_caps
 from cvxnn.cones.projection import Projection

@@ -173,10 +173,10 @@ def _say_complexity(report: Report, document: dict[str, Any]) -> None:
 
 
 def _networks_missed(document: dict[str, Any], grid: Any) -> str:
-    missed = document["n_networks"] - document["n_improved"]
+    missed = document["n_runs"] - document["n_improved"]
     if not missed:
         return ""
-    return f"{missed} of {document['n_networks']} networks are not improved to {grid.tol:g}; networks.csv says which"
+    return f"{missed} of {document['n_runs']} networks are not improved to {grid.tol:g}; networks.csv says which"
 
 
 def _say_networks(report: Report, document: dict[str, Any]) -> None:

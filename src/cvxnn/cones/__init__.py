@@ -3,7 +3,7 @@
 from cvxnn.cones.cones import FEASIBILITY, Cones
 from cvxnn.cones.decomposition import decompose
 from cvxnn.cones.dual_norm import ConeDual, cone_dual_norms
-from cvxnn.cones.memory import FaceMemory
+from cvxnn.cones.memory import LongProjections
 from cvxnn.cones.projection import Projection
 
-__all__ = ["FEASIBILITY", "ConeDual", "Cones", "FaceMemory", "Projection", "cone_dual_norms", "decompose"]
+__all__ = ["FEASIBILITY", "ConeDual", "Cones", "LongProjections", "Projection", "cone_dual_norms", "decompose"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from cvxnn.cones.caps import Caps, bounding_caps
 from cvxnn.cones.faces import MOST_DIMENSIONS, FaceTable
 from cvxnn.cones.interior import deep_points
+from cvxnn.cones.polygons import Polygons
 from cvxnn.cones.projection import Projection, project_cones, tangent
 from cvxnn.errors import InvalidInputError
 
@@ -89,6 +90,13 @@ class Cones:
             return None
         return bounding_caps(self.rows, self.patterns, self.gates)
 
+    @cached_property
+    def polygons(self) -> Polygons | None:
+        """The facets and rays of the cones, where they are pointed, in the plane or in space."""
+        if self.gates is None or not Polygons.suit(self.rows):
+            return None
+        return Polygons(self.rows, self.patterns, self.gates.T.to(self.rows))
+
     def signs(self, gate: Tensor) -> Tensor:
         """The diagonals of 2 D_k - I: +1 and -1, (r, n') in float64."""
         if self.patterns.numel() > _TABLE_ENTRIES:
@@ -157,13 +165,15 @@ class Cones:
 
     def _project(self, gate: Tensor, z: Tensor, start: Tensor | None) -> Projection:
         """In closed form in low dimensions, by active sets otherwise."""
-        signs = self.signs(gate)
-        if self._faces is None:
-            return project_cones(self.rows, signs, z, start)
-        found, failed = self._faces.project(gate, signs, z)
+        if self.n_gates < _MANY_GATES and self.polygons is not None:
+            found, failed = self.polygons.project(gate, z)
+        elif self._faces is not None:
+            found, failed = self._faces.project(gate, self.signs(gate), z)
+        else:
+            return project_cones(self.rows, self.signs(gate), z, start)
         pairs = failed.nonzero()[:, 0]
         if len(pairs):
-            found.put(pairs, project_cones(self.rows, signs[pairs], z[pairs]))
+            found.put(pairs, project_cones(self.rows, self.signs(gate[pairs]), z[pairs]))
         return found
 
     @cached_property

@@ -108,7 +108,7 @@ class NetworksGrid:
         Limits for the optimum, and per network for the certificates, the improvement and the continuation by L-BFGS.
     """
 
-    widths: tuple[int, ...] = (5, 10, 20, 100)
+    widths: tuple[int, ...] = (5, 10, 100)
     betas: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     seeds: tuple[int, ...] = tuple(range(20))
     optimizers: tuple[str, ...] = OPTIMIZERS

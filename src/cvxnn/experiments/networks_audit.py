@@ -22,7 +22,7 @@ OPTIMAL = 1e-6
 #: Negative curvature counts from here.
 _CURVED = 1 + 1e-6
 #: Iterations of L-BFGS after the training.
-_CONTINUATION = 3000
+_CONTINUATION = 1000
 
 #: Verdicts, by the word in the columns `verdict` and `continued_verdict`.
 VERDICTS = {

@@ -77,7 +77,8 @@ def _draw_excess(frame: pd.DataFrame, path: Path) -> str:
     ]
     names = [f"{_TITLES[name]}: certified interval" for name in optimizers]
     labels = [*names, "upper bound from the network's gradient alone", "1%"]
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels), fontsize="small")
+    columns = len(labels) if len(widths) > 2 else 2
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns, fontsize="small")
     write_figure(figure, path)
     return path.name
 
@@ -97,9 +98,7 @@ def _draw_improvement(frame: pd.DataFrame, path: Path) -> str:
     axes.plot(ends, ends, color=_GREY, linewidth=0.8)
     axes.axhline(1e-6, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)))
     axes.annotate("1e-6", (ends[1], 1e-6), xytext=(-4, 3), textcoords="offset points", ha="right", color=_GREY)
-    axes.annotate(
-        "no change", (1e-10, 1e-10), xytext=(-4, 3), textcoords="offset points", ha="right", color=_GREY, rotation=0
-    )
+    axes.annotate("no change", (1e-10, 1e-10), xytext=(-4, 3), textcoords="offset points", ha="right", color=_GREY)
     axes.set(
         xscale="log",
         yscale="log",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -46,11 +47,15 @@ def networks_summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "certified": bool((frame["improved_gap"] <= OPTIMAL).all()),
         "n_improved": int((frame["improved_gap"] <= OPTIMAL).sum()),
-        "n_networks": len(frame),
+        "n_runs": len(frame),
         "claims": as_dicts(judge_networks(frame)),
         "bounds": check_bounds(frame),
-        "cells": summarise_networks(frame),
+        "cells": [{key: _finite(value) for key, value in part.items()} for part in summarise_networks(frame)],
     }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_networks_report(outcomes: list[dict[str, Any]], grid: NetworksGrid, folder: Path) -> list[str]:
@@ -105,8 +110,8 @@ def _settings(frame: pd.DataFrame, grid: NetworksGrid) -> str:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(grid.optimizers, grid.learning_rates, strict=True))
     lines = [
         f"- Data: the class-balanced spiral, d = 2, c = 3, n = {grid.n_samples}, no biases, one-hot targets.",
-        "- Objective: 1/(2n) ||outputs - targets||^2 + beta/2 (||W1||^2 + ||W2||^2), which is what torch's SGD and Adam "
-        "minimise on that loss with `weight_decay=beta`.",
+        "- Objective: 1/(2n) ||outputs - targets||^2 + beta/2 (||W1||^2 + ||W2||^2), which is what torch's SGD and "
+        "Adam minimise on that loss with `weight_decay=beta`.",
         f"- Hidden units m = {_words(grid.widths)}; beta = {_words(grid.betas)}; seeds {grid.seeds[0]} to "
         f"{grid.seeds[-1]} ({len(frame)} networks), torch's default initialisation, float64.",
         f"- Training: {grid.steps} full-batch steps, constant learning rates ({rates}), momentum 0.9 for SGD.",

@@ -93,19 +93,23 @@ def train_batch(
         rule = torch.optim.SGD([W1, W2], lr=learning_rate, momentum=0.9, weight_decay=beta)
     else:
         rule = torch.optim.Adam([W1, W2], lr=learning_rate, weight_decay=beta)
-    noted = set(traced)
+    noted, data = set(traced), (X.contiguous(), X.mT.contiguous(), Y.mT.contiguous())
     for step in range(steps + 1):
         if step in noted:
             trained.trace.append((step, objectives(trained, X, Y, beta).tolist()))
         if step < steps:
-            W1.grad, W2.grad = _gradients(trained, X, Y)
+            W1.grad, W2.grad = _gradients(trained, *data)
             rule.step()
     return trained
 
 
-def _gradients(batch: Batch, X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the losses, for W1 and W2; 0 is the derivative of the ReLU at 0, as in torch."""
-    hidden = (X @ batch.W1.mT).clamp_min(0)
-    residual = (hidden @ batch.W2.mT - Y) / len(X)
-    back = (residual @ batch.W2) * (hidden > 0)
-    return back.mT @ X, residual.mT @ hidden
+def _gradients(batch: Batch, X: torch.Tensor, Xt: torch.Tensor, Yt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the losses, for W1 and W2; 0 is the derivative of the ReLU at 0, as in torch.
+
+    In place where possible: fresh memory costs more here than the numbers that are written to it.
+    """
+    s, m, d = batch.W1.shape
+    hidden = (batch.W1.reshape(s * m, d) @ Xt).clamp_min_(0).view(s, m, -1)
+    residual = (batch.W2 @ hidden).sub_(Yt).div_(len(X))
+    back = (batch.W2.mT @ residual).masked_fill_(hidden <= 0, 0.0)
+    return (back.view(s * m, -1) @ X).view(s, m, d), residual @ hidden.mT

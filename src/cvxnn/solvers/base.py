@@ -111,6 +111,10 @@ class Solver(ABC):
         """What else determines the run, for the fingerprint of a checkpoint."""
         return []
 
+    def facts(self) -> dict[str, Any]:
+        """More that an entry of the trace should hold."""
+        return {}
+
     def message(self, certificate: Certificate) -> str:
         """What a user should know about a run that ended at a stationary point above the tolerance."""
         return ""

@@ -72,8 +72,8 @@ class _Best:
             self.lower, self.dual = bound, nu
         return True
 
-    def record(self, iteration: int, seconds: float) -> dict[str, Any]:
-        """Append the state to the trace."""
+    def record(self, iteration: int, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
+        """Append the state to the trace, with what the solver adds to it."""
         if self.gap < 0.99 * self.improved_to:
             self.improved_to, self.improved_at = self.gap, iteration
         self.trace.append(
@@ -83,6 +83,7 @@ class _Best:
                 "primal": self.primal,
                 "lower_bound": self.lower,
                 "relative_gap": self.gap,
+                **facts,
             }
         )
         return self.trace[-1]
@@ -125,7 +126,7 @@ def run(
             best.update(problem, init if init is not None else solver.zero(), share())
             if best.gap <= tol:
                 status = "certified"
-                best.record(0, elapsed())
+                best.record(0, elapsed(), {})
             else:
                 solver.start(init)
                 if store is not None and resume and (saved := store.load()) is not None:
@@ -148,7 +149,7 @@ def run(
                         continue
                     next_check = _next_check(iteration, solver.check_every)
                     finite = best.update(problem, solver.iterate(), share())
-                    entry = best.record(iteration, elapsed())
+                    entry = best.record(iteration, elapsed(), solver.facts())
                     progress.update(entry)
                     stop = [callback(entry) for callback in callbacks]
                     if best.gap <= tol:
@@ -174,7 +175,7 @@ def run(
                 # A step that was cut short may have left anything; what it left counts if it is a point.
                 with contextlib.suppress(TypeError, AttributeError, RuntimeError, InvalidInputError):
                     if best.update(problem, solver.iterate(), share()):
-                        best.record(iteration, elapsed())
+                        best.record(iteration, elapsed(), solver.facts())
         if store is not None and state is not None:
             store.save(iteration, elapsed(), best, state)
 

@@ -11,7 +11,7 @@ import torch
 
 from cvxnn.certificates import relative_gap
 from cvxnn.columns import Columns
-from cvxnn.cones import FaceMemory
+from cvxnn.cones import LongProjections
 from cvxnn.dual_norms import price_cones
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
@@ -21,7 +21,11 @@ __all__ = ["Ssnal"]
 
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 1e-10
+#: What a line search may leave of a step at once.
+_LEAST_SHARE, _LARGEST_SHARE = 0.1, 0.7
 _LARGEST = 1e12
+#: Patterns of the working set are kept as numbers up to this size.
+_KEPT_ENTRIES = 1 << 24
 #: A step ends after so many rounds or seconds, for the sake of limits and of the progress bar.
 _MOST_ROUNDS = 20
 #: Growth of the penalty parameters while many gates are missing in the working set.
@@ -69,7 +73,8 @@ class _Groups:
     """The vectors x of every (gate, sign), at first those of sign +1: shrunken projections onto the cones.
 
     `chosen` are the groups that are not zero, `unit` their directions, `shares` what the shrinkage left of the
-    projections, `faces` the projectors on the spans of their faces.
+    projections, `faces` the projectors on the spans of their faces, `penalty` and `squares` the sums of ||x|| and
+    ||x||^2.
     """
 
     chosen: torch.Tensor
@@ -77,19 +82,18 @@ class _Groups:
     unit: torch.Tensor
     shares: torch.Tensor
     faces: torch.Tensor
-
-    @property
-    def squares(self) -> float:
-        return float(self.x.square().sum())
+    penalty: float
+    squares: float
 
 
 @dataclass
 class _Inner:
-    """The inner function at a multiplier: value, gradient, and the point that belongs to it."""
+    """The inner function at a multiplier: value, gradient, and the point that belongs to it, with the loss at T."""
 
     value: float
     gradient: torch.Tensor
     T: torch.Tensor
+    loss: float
     groups: _Groups
     intercept: float
 
@@ -129,6 +133,8 @@ class Ssnal(Solver):
         self.op = problem.operator.double()
         assert problem.cones is not None
         self.all_cones = problem.cones
+        self.X = self.op.data_tensors()[0]
+        self.priced = 0
 
     def start(self, point: Iterate | None) -> None:
         problem, Y = self.problem, self.problem.Y64
@@ -168,7 +174,9 @@ class Ssnal(Solver):
 
     def _use_gates(self) -> None:
         self.part = self.op if len(self.gates) == self.op.n_gates else self.op.select(self.gates)
-        self.memory = FaceMemory(self.all_cones, self.gates.repeat(2))
+        self.projections = LongProjections(self.all_cones, self.gates)
+        few = self.part.patterns.numel() <= _KEPT_ENTRIES
+        self.bits = self.part.patterns.T.to(self.x.dtype).contiguous() if few else None
 
     def step(self) -> None:
         """Rounds until the working set is solved well enough for a certificate, then price all gates."""
@@ -205,9 +213,7 @@ class Ssnal(Solver):
         problem, loss = self.problem, self.problem.loss
         outputs = self._outputs(found.groups)[:, None]
         outputs = outputs + problem.best_intercept(outputs)
-        primal = float(
-            loss.value(outputs, problem.Y64, problem.weights) + problem.beta * found.groups.x.norm(dim=1).sum()
-        )
+        primal = float(loss.value(outputs, problem.Y64, problem.weights) + problem.beta * found.groups.penalty)
         q = problem.beta + float((self.x - before).norm(dim=2).max()) / self.sigma
         nu = self.dual[:, None]
         if problem.output_bias:
@@ -232,61 +238,73 @@ class Ssnal(Solver):
         for steps in range(self.options.newton_iter + 1):
             self.newton_steps = steps
             size = float(self.dual.norm())
-            done = float(point.gradient.norm()) * size <= tolerance * self._objective(point)
+            done = float(point.gradient.norm()) * size <= tolerance * (
+                point.loss + self.problem.beta * point.groups.penalty
+            )
             if done or steps == self.options.newton_iter or self._late():
                 break
             direction = self._newton_direction(point)
             slope = float(direction @ point.gradient)
-            step, accepted = 1.0, None
-            while step > _SHORTEST_STEP:
-                trial = self._inner(self.dual + step * direction)
-                if trial.value <= point.value + _ARMIJO * step * slope + 1e-15 * abs(point.value):
-                    accepted = trial
-                    break
-                step /= 2
-            if accepted is None:
+            step, trial = self._search(point, direction, slope)
+            if trial is None:
                 break
-            self.dual, point = self.dual + step * direction, accepted
+            self.dual, point = self.dual + step * direction, trial
         return point
 
-    def _objective(self, point: _Inner) -> float:
-        """F at T plus the penalty: near the objective where T is near A(x) + b."""
-        problem = self.problem
-        loss = problem.loss.value(point.T[:, None], problem.Y64, problem.weights)
-        return float(loss + problem.beta * point.groups.x.norm(dim=1).sum())
+    def _search(self, point: _Inner, direction: torch.Tensor, slope: float) -> tuple[float, _Inner | None]:
+        """A step that decreases the inner function enough: 1, or zeros of its slope by secants."""
+        step = 1.0
+        while step > _SHORTEST_STEP:
+            trial = self._inner(self.dual + step * direction)
+            if trial.value <= point.value + _ARMIJO * step * slope + 1e-15 * abs(point.value):
+                return step, trial
+            end = float(direction @ trial.gradient)
+            share = slope / (slope - end) if end > 0 else 0.5
+            step *= min(max(share, _LEAST_SHARE), _LARGEST_SHARE)
+        return step, None
 
     def _inner(self, dual: torch.Tensor) -> _Inner:
         problem, loss = self.problem, self.problem.loss
         moved = self.T + self.tau * dual
-        T = loss.prox(moved[:, None], problem.Y64, problem.weights, 1 / self.tau)[:, 0]
-        value = float(dual @ T - loss.value(T[:, None], problem.Y64, problem.weights))
-        value -= float((T - self.T).square().sum()) / (2 * self.tau)
+        T2 = loss.prox(moved[:, None], problem.Y64, problem.weights, 1 / self.tau)
+        T, at_T = T2[:, 0], float(loss.value(T2, problem.Y64, problem.weights))
+        change = T - self.T
+        value = float(dual @ T) - at_T - float(change @ change) / (2 * self.tau)
         groups = self._groups(dual)
         value += groups.squares / (2 * self.sigma)
         total = float(dual.sum()) if problem.output_bias else 0.0
         intercept = self.b - self.rho * total
         value -= self.b * total - self.rho / 2 * total**2
         gradient = T - self._outputs(groups) - intercept
-        return _Inner(value, gradient, T, groups, intercept)
+        return _Inner(value, gradient, T, at_T, groups, intercept)
 
     def _groups(self, dual: torch.Tensor) -> _Groups:
         """The prox of z, where it is not zero."""
-        G = self.part.adjoint(dual[:, None])[:, :, 0]
-        z = (self.x - self.sigma * torch.stack([G, -G])).view(-1, G.shape[1])
+        G = self._adjoint(dual)
+        z = self.x - self.sigma * torch.stack([G, -G])
         threshold = self.sigma * self.problem.beta
-        chosen, point = self.memory.project_long(z, threshold)
-        sizes = point.norm(dim=1)
-        shares = 1 - threshold / sizes
-        return _Groups(chosen, shares[:, None] * point, point / sizes[:, None], shares, self.memory.face[chosen])
+        chosen, point, faces = self.projections(z, threshold)
+        sizes = torch.linalg.vector_norm(point, dim=1, keepdim=True)
+        lengths = (sizes - threshold).clamp_min_(0)
+        shares, unit = lengths / sizes, point / sizes
+        sums = float(lengths.sum()), float((lengths * lengths).sum())
+        return _Groups(chosen, shares * point, unit, shares[:, 0], faces, *sums)
 
-    def _columns(self, groups: _Groups) -> Columns:
-        """x_kj of gate k with its sign."""
-        count = len(self.gates)
-        signs = 1.0 - 2.0 * (groups.chosen >= count).to(groups.x.dtype)
-        return Columns(self.gates[groups.chosen % count], groups.x, signs[:, None])
+    def _adjoint(self, dual: torch.Tensor) -> torch.Tensor:
+        """X^T D_k dual for the gates of the working set, (B, d)."""
+        if self.bits is None:
+            return self.part.adjoint(dual[:, None])[:, :, 0]
+        return self.bits @ (self.X * dual[:, None])
+
+    def _masks(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The diagonals of D_k of some groups, (s, n)."""
+        place = chosen % len(self.gates)
+        return self.part.patterns[:, place].T.to(self.X.dtype) if self.bits is None else self.bits[place]
 
     def _outputs(self, groups: _Groups) -> torch.Tensor:
-        return self.op.apply_columns(self._columns(groups))[:, 0]
+        """sum +-D_k X x_kj."""
+        signed = torch.where((groups.chosen < len(self.gates))[:, None], groups.x, -groups.x)
+        return (self.X * (self._masks(groups.chosen).T @ signed)).sum(1)
 
     def _newton_direction(self, point: _Inner) -> torch.Tensor:
         """Solve (diag + B B^T) d = -gradient on its smaller side."""
@@ -306,14 +324,20 @@ class Ssnal(Solver):
         return right / diagonal - scaled @ _solve(small, scaled.T @ right)
 
     def _directions(self, groups: _Groups) -> torch.Tensor:
-        """D_k X M^(1/2) (n, r d), with M the derivative of the prox: the face, shortened across x."""
-        along = groups.unit[:, :, None] * groups.unit[:, None, :]
-        root = groups.shares.sqrt()[:, None, None]
-        roots = root * groups.faces + (1 - root) * along
-        gate = self.gates[groups.chosen % len(self.gates)]
-        X = self.op.data_tensors()[0]
-        masks = self.op.patterns[:, gate].to(X.dtype)
-        return (torch.einsum("ni,rij->nrj", X, roots) * masks[:, :, None]).flatten(1)
+        """Columns of D_k X M^(1/2), with M the derivative of the prox: the face, shortened across x.
+
+        One column for each group on a ray, d for the others: (n, at most r d).
+        """
+        masks = self._masks(groups.chosen)
+        more = groups.faces.diagonal(dim1=1, dim2=2).sum(1) > 1.5
+        wide = more.nonzero()[:, 0]
+        rays = (masks * (groups.unit @ self.X.T))[~more].T
+        if len(wide) == 0:
+            return rays
+        unit, root = groups.unit[wide], groups.shares[wide].sqrt()[:, None, None]
+        roots = root * groups.faces[wide] + (1 - root) * unit.unsqueeze(2) * unit.unsqueeze(1)
+        spans = (self.X @ roots) * masks[wide].unsqueeze(2)
+        return torch.cat([rays, spans.transpose(0, 1).flatten(1)], dim=1)
 
     def _add_gates(self) -> bool:
         """Price all gates; take in those that violate the dual constraint most. False if none does."""
@@ -322,6 +346,7 @@ class Ssnal(Solver):
         neurons = price_cones(
             self.op, self.problem.norm, self.all_cones, nu, above=level, most=20 * self.options.new_gates
         ).neurons
+        self.priced += self.op.n_gates
         fresh = ~torch.isin(neurons.gate, self.gates) & (neurons.lower > level)
         neurons = neurons[fresh]
         neurons = neurons[torch.argsort(neurons.lower, descending=True)]
@@ -346,9 +371,12 @@ class Ssnal(Solver):
         columns = Columns(self.gates[chosen % count], flat[chosen] / root, signs[:, None] * root)
         return Iterate(None, dual=self.dual[:, None], factors=columns.factors(self.op.n_gates))
 
+    def facts(self) -> dict[str, int]:
+        return {"priced": self.priced, "working_set": len(self.gates)}
+
     def state(self) -> dict[str, Any]:
-        names = ("x", "T", "b", "dual", "gates", "sigma", "tau", "rho", "limit", "rounds", "stalled", "gap", "growing")
-        return {name: getattr(self, name) for name in names}
+        numbers = ("sigma", "tau", "rho", "limit", "rounds", "stalled", "gap", "growing", "priced")
+        return {name: getattr(self, name) for name in ("x", "T", "b", "dual", "gates", *numbers)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
