@@ -12,7 +12,7 @@ from cvxnn.audit.bounding import Scope, all_neurons
 from cvxnn.audit.cells import live_point, neuron_bits, place
 from cvxnn.audit.descent import descend
 from cvxnn.audit.task import Point, Task
-from cvxnn.audit.witness import best_step
+from cvxnn.cone_witness import best_step
 from cvxnn.neurons import distinct_neurons
 from cvxnn.patterns import deduplicate_gates
 from cvxnn.problem import Problem
@@ -135,7 +135,7 @@ def _train(findings: Findings, level: float, deadline: float) -> None:
     chosen = found.value > level
     for u, v in zip(found.u[chosen], found.v[chosen], strict=True):
         hidden = (task.X @ u).clamp_min(0).unsqueeze(1)
-        root = math.sqrt(best_step(task, outputs, -hidden * v) / int(chosen.sum()))
+        root = math.sqrt(best_step(task.base, outputs, -hidden * v) / int(chosen.sum()))
         point = point.with_neuron(0, root * u, -root * v)
     findings.offer(descend(task, point, max_iter=_TRAINING_STEPS, deadline=deadline))
 

@@ -10,15 +10,14 @@ import torch
 
 from cvxnn.audit.task import Point, Task
 from cvxnn.bounds import worst_neuron
+from cvxnn.cone_witness import best_step
 from cvxnn.neurons import neuron_ascent
 from cvxnn.problem import Problem
 
-__all__ = ["Witness", "best_step", "find_witness"]
+__all__ = ["Witness", "find_witness"]
 
 #: Slopes and decreases below this, relative to beta and to the objective, are rounding.
 _ROUNDING = 1e-10
-_DOUBLINGS = 200
-_BISECTIONS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +119,7 @@ def _added(
     if not steepness > task.beta * (1 + _ROUNDING):
         return None
     v = -slope / steepness
-    step = best_step(task, outputs, hidden * v)
+    step = best_step(task.base, outputs, hidden * v)
     root = math.sqrt(step)
     before, after = task.value(point).objective, task.value(point.with_neuron(gate, root * u, root * v)).objective
     if not before - after > _ROUNDING * abs(before):
@@ -136,24 +135,3 @@ def _added(
         decrease=before - after,
         gate=gate,
     )
-
-
-def best_step(task: Task, outputs: torch.Tensor, direction: torch.Tensor) -> float:
-    """Minimiser over t >= 0 of the convex F(outputs + t direction) + beta t, by bisection of its slope."""
-
-    def slope(t: float) -> float:
-        return float((task.gradient(outputs + t * direction) * direction).sum()) + task.beta
-
-    curvature = (task.base.loss.hessian_product(outputs, task.base.Y64, task.base.weights, direction) * direction).sum()
-    start = -slope(0.0) / float(curvature) if float(curvature) > 0 else 1.0
-    low, high = 0.0, start if math.isfinite(start) and start > 0 else 1.0
-    for _ in range(_DOUBLINGS):
-        if slope(high) >= 0:
-            break
-        low, high = high, 2 * high
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return (low + high) / 2
