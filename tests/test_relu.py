@@ -249,3 +249,22 @@ def test_degenerate_data(X, Y):
         result = cvxnn.solve(problem, solver, tol=1e-6, time_limit=20)
         assert result.certificate.lower_bound <= result.objective * (1 + 1e-9)
         assert result.status == "certified", solver
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_gate_is_violated_at_the_optimum(seed):
+    """Where pricing finds no candidate, solvers end instead of reducing over nothing."""
+    rng = np.random.default_rng(seed)
+    X, Y, gates = rng.normal(size=(3, 3)), rng.normal(size=(3, 4)), rng.normal(size=(3, 2))
+    problem = cvxnn.mlp_problem(X, Y, activation="relu", gates=gates, beta=0.1, reduction="sum")
+    for solver in ("bm_global", "frank_wolfe"):
+        result = cvxnn.solve(problem, solver, tol=1e-8, max_iter=50, time_limit=5)
+        assert result.certificate.lower_bound <= result.objective * (1 + 1e-9)
+
+
+def test_nothing_to_add():
+    problem = cvxnn.mlp_problem(
+        np.eye(2), np.array([[1.0], [-1.0]]), activation="relu", gates="enumerate", reduction="sum", beta=5.0
+    )
+    for solver in RELU_SOLVERS:
+        assert cvxnn.solve(problem, solver, tol=0.0, max_iter=3).objective == pytest.approx(1.0)

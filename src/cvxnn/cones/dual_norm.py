@@ -101,6 +101,8 @@ def cone_dual_norms(
     """
     check_choice(method, "method", METHODS)
     gate, G, error = _check(cones, gate, G, error)
+    if len(gate) == 0:
+        return ConeDual(G[:, 0, 0], G[:, 0, 0], G[:, :, 0], G[:, 0])
     scaled, exponent, finite = _normalise(G)
     search = _Search(cones, method, starts, tolerance, max_evaluations, random_state, deadline)
     upper, u = search.bounds(gate, scaled, init)

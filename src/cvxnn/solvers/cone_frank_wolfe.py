@@ -77,7 +77,7 @@ def cone_atoms(problem: Problem, op: Operator, nu: torch.Tensor, most: int, meth
     order = torch.argsort(bound, descending=True)
     order = order[bound[order] > problem.beta]
     found: list[tuple[torch.Tensor, ...]] = [tuple(part[:0] for part in (order, blocks[:, :, 0], blocks[:, 0], bound))]
-    for gate in order.split(_ROUND):
+    for gate in order.split(_ROUND) if len(order) else ():
         seen = torch.cat([part[3] for part in found])
         if len(seen) >= most and float(seen.topk(most).values[-1]) >= float(bound[gate[0]]):
             break
