@@ -193,7 +193,7 @@ def test_polar_comes_from_the_multipliers_even_where_the_point_is_wrong():
     z = points(cones, 11)
     true = cones.project(gate, z).point.norm(dim=1)
     constraints = projection.Constraints(cones.rows, cones.signs(gate))
-    sets = projection._ActiveSets(z, min(z.shape[1], len(cones.rows)), False)
+    sets = projection.ActiveSets(z, min(z.shape[1], len(cones.rows)), False)
     sets.restore(constraints, gate, cones.project(gate, z).index)
     for size in (1e-9, 0.3):
         sets.point = sets.point - size * z  # shorter than it should be: point - z would give a bound below the maximum

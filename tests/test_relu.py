@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.helpers import LOSSES, make_data, make_problem
 
 import cvxnn
 from cvxnn.bounds import dual_bound, worst_neuron
@@ -15,6 +14,7 @@ from cvxnn.cones import FEASIBILITY
 from cvxnn.dual_norms import price_cones
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.solvers import SOLVERS
+from tests.helpers import LOSSES, make_data, make_problem
 
 RELU_SOLVERS = [name for name, solver in SOLVERS.items() if solver.cones]
 

@@ -8,6 +8,7 @@ from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
 from cvxnn.problem import Problem, mlp_problem
+from cvxnn.relaxation import ReluDecomposition, gated_relaxation, to_relu
 from cvxnn.solvers import Result, path, solve
 from cvxnn.storage import load, save
 
@@ -20,6 +21,7 @@ __all__ = [
     "Diagnosis",
     "NetworkReport",
     "Problem",
+    "ReluDecomposition",
     "Result",
     "Witness",
     "__version__",
@@ -27,9 +29,11 @@ __all__ = [
     "certify_network",
     "diagnose",
     "export_onnx",
+    "gated_relaxation",
     "load",
     "mlp_problem",
     "path",
     "save",
     "solve",
+    "to_relu",
 ]

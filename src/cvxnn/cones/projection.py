@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from cvxnn.cones.active_sets import DEPENDENT, NEGATIVE, apply, split
-from cvxnn.cones.active_sets import ActiveSets as _ActiveSets
+from cvxnn.cones.active_sets import ActiveSets
 
 __all__ = ["Constraints", "Projection", "project_cones", "solve", "tangent"]
 
@@ -180,7 +180,7 @@ def solve(
     status : Tensor of shape (r,), long
         0 solved, 1 unfinished (dual feasible, violations left), 2 no feasible point.
     """
-    sets = _ActiveSets(z, min(z.shape[1], constraints.rows.shape[0]), constraints.rhs is not None)
+    sets = ActiveSets(z, min(z.shape[1], constraints.rows.shape[0]), constraints.rhs is not None)
     if sets.index.numel():
         if start is not None and len(z):
             sets.restore(constraints, torch.arange(len(z), device=z.device), start)
@@ -195,7 +195,7 @@ def solve(
     return Projection(sets.point, sets.index, multiplier, polar), sets.status
 
 
-def _iterate(constraints: Constraints, sets: _ActiveSets, pairs: Tensor, tolerance: float) -> None:
+def _iterate(constraints: Constraints, sets: ActiveSets, pairs: Tensor, tolerance: float) -> None:
     """Goldfarb-Idnani steps for `pairs` until each is feasible, or known not to end."""
     floor = NEGLIGIBLE * sets.z.norm(dim=1) if constraints.rhs is None else sets.z.new_full((len(sets.z),), -1.0)
     sets.status[pairs] = UNFINISHED
@@ -220,7 +220,7 @@ def _iterate(constraints: Constraints, sets: _ActiveSets, pairs: Tensor, toleran
             pairs, part = pairs[going], part.select(going)
 
 
-def _include(part: Constraints, sets: _ActiveSets, pairs: Tensor, row: Tensor) -> Tensor:
+def _include(part: Constraints, sets: ActiveSets, pairs: Tensor, row: Tensor) -> Tensor:
     """Steps that make a violated row of each pair active; returns which (positions) cannot."""
     local = torch.arange(len(pairs), device=pairs.device)
     normal, bound = part.normals(local, row), part.bounds(local, row)
@@ -275,7 +275,7 @@ def _finish(constraints: Constraints, z: Tensor, found: Projection, pair: int) -
         weights = z.new_zeros(len(normals))
     largest = weights.topk(found.index.shape[1])
     index = largest.indices.masked_fill(largest.values <= 0, -1)[None]
-    sets = _ActiveSets(target, index.shape[1], False)
+    sets = ActiveSets(target, index.shape[1], False)
     sets.restore(part, torch.zeros_like(here), index)
     choices = [(found.index[pair], found.multiplier[pair]), (index[0], largest.values)]
     choices.append((sets.index[0], sets.multipliers(part)[0][0]))
