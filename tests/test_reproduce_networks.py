@@ -180,6 +180,17 @@ def test_merged_networks_are_the_same_function():
     assert len(merged(point_of(np.zeros((2, 2)), np.zeros((2, 3))))) == 0
 
 
+@pytest.mark.parametrize("tiny", [1e-80, 1e-160, 1e-200, 1e-310])
+def test_neurons_that_faded_are_no_neurons(tiny):
+    task = task_of(X2, Y2, BETA2)
+    escape = find_escape(task, point_of([[SIZE, 0.0], [tiny, 2 * tiny]], [[SIZE], [tiny]]))
+    assert escape.n_distinct == 1
+    assert escape.same_width_decrease == pytest.approx(0.5625 / task.value(point_of([[SIZE, 0.0]], [[SIZE]])).objective)
+    nothing = find_escape(task, point_of([[tiny, tiny], [2 * tiny, 2 * tiny]], [[tiny], [2 * tiny]]))
+    assert nothing.n_distinct <= 1 and nothing.curvature_ratio is not None
+    assert nothing.same_width_decrease > 0
+
+
 @pytest.fixture(scope="module", autouse=True)
 def tiny_scale():
     """A third scale that takes seconds."""

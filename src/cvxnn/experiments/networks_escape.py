@@ -17,6 +17,8 @@ __all__ = ["Escape", "find_escape", "merged"]
 #: Neurons are one where both sides have directions with at least this cosine (an angle of 1.4e-3).
 _PARALLEL = 1 - 1e-6
 _ROUNDING = 1e-10
+#: Neurons of at most this part of the largest size have decayed to rounding.
+_FADED = 1e-14
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def find_escape(task: Task, point: Point) -> Escape:
     ratios = [0.0]
     if len(live) < width:
         ratios.append(float(worst_neuron(task.enumerated, nu).lower))
-    twins = live.columns.u[_has_twin(live)]
+    twins = _twins(live)
     if len(twins):
         bits = torch.from_numpy(neuron_bits(task, twins)).to(task.X)
         blocks = task.X.T @ (bits.T.unsqueeze(2) * nu)
@@ -63,30 +65,45 @@ def find_escape(task: Task, point: Point) -> Escape:
 
 def merged(point: Point) -> Point:
     """The network with all neurons of the same directions in one: its outputs differ by rounding, or by 1e-6."""
-    columns = point.columns.balanced().without_zeros()
+    columns = _present(point)
     sizes, sides, alike = _compared(columns)
     left = torch.ones(len(columns), dtype=torch.bool)
     first, second = [columns.u[:0]], [columns.v[:0]]
     while bool(left.any()):
         group = alike[int(left.nonzero()[0])] & left
         left &= ~group
-        u, v = ((sizes[group].unsqueeze(1) * part[group]).sum(0, keepdim=True) for part in sides)
-        root = torch.linalg.vector_norm(v).sqrt()
-        first.append(root * u / torch.linalg.vector_norm(u))
-        second.append(v / root)
+        # Directions with their shares, so that nothing underflows.
+        whole = sizes[group].sum()
+        u, v = ((sizes[group].unsqueeze(1) / whole * part[group]).sum(0, keepdim=True) for part in sides)
+        long = torch.linalg.vector_norm(v)
+        first.append((whole * long).sqrt() * _unit(u))
+        second.append((whole * long).sqrt() * _unit(v))
     u, v = torch.cat(first), torch.cat(second)
     return Point(Columns(torch.zeros(len(u), dtype=torch.long), u, v), point.bias)
 
 
+def _present(point: Point) -> Columns:
+    """Balanced neurons, without those that have decayed to rounding."""
+    return point.columns.balanced().without_zeros(_FADED)
+
+
 def _compared(columns: Columns) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Sizes ||u_j|| ||v_j||, unit directions of both sides, and which pairs of neurons have the same."""
-    sides = [part / torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (columns.u, columns.v)]
+    sides = [_unit(part) for part in (columns.u, columns.v)]
     alike = (sides[0] @ sides[0].T >= _PARALLEL) & (sides[1] @ sides[1].T >= _PARALLEL)
     return columns.sizes(), sides, alike | torch.eye(len(columns), dtype=torch.bool)
 
 
-def _has_twin(point: Point) -> torch.Tensor:
-    return _compared(point.columns)[2].sum(1) > 1
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of norm 1; squares neither under- nor overflow."""
+    scaled = rows / rows.abs().amax(1, keepdim=True)
+    return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+
+
+def _twins(point: Point) -> torch.Tensor:
+    """Weights (r, d) of the neurons that are the same as others."""
+    columns = _present(point)
+    return columns.u[_compared(columns)[2].sum(1) > 1]
 
 
 def _decrease(task: Task, live: Point, few: Point) -> float | None:
