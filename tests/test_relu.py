@@ -268,3 +268,14 @@ def test_nothing_to_add():
     )
     for solver in RELU_SOLVERS:
         assert cvxnn.solve(problem, solver, tol=0.0, max_iter=3).objective == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-18, 1e-300])
+@pytest.mark.parametrize("solver", ["ssnal", "frank_wolfe"])
+def test_hopeless_scales_end_with_a_status(solver, beta):
+    t = np.linspace(-1, 1, 9)
+    X, y = np.c_[t + (1e8 if beta == 1e-6 else 0.0), np.ones(9)], np.abs(t) + 0.1
+    problem = cvxnn.mlp_problem(X, y, activation="relu", gates="enumerate", beta=beta)
+    result = cvxnn.solve(problem, solver, max_iter=20, time_limit=5)
+    assert result.certificate.lower_bound <= result.objective * (1 + 1e-9)
+    assert result.status == "certified" or result.certificate.relative_gap > 1e-4

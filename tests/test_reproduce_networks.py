@@ -19,7 +19,7 @@ from cvxnn.datasets import spiral
 from cvxnn.errors import InvalidInputError
 from cvxnn.experiments.networks import NETWORKS_COLUMNS, NETWORKS_SCALES, NetworksGrid, audit_cell, looks
 from cvxnn.experiments.networks_audit import VERDICTS, verdict_of
-from cvxnn.experiments.networks_claims import check_bounds, judge_networks
+from cvxnn.experiments.networks_claims import check_bounds, check_traps, judge_networks
 from cvxnn.experiments.networks_escape import Escape, find_escape, merged
 from cvxnn.experiments.networks_training import initial_weights, objectives, train_batch
 from cvxnn.losses import get_loss
@@ -180,14 +180,15 @@ def test_merged_networks_are_the_same_function():
     assert len(merged(point_of(np.zeros((2, 2)), np.zeros((2, 3))))) == 0
 
 
-@pytest.mark.parametrize("tiny", [1e-80, 1e-160, 1e-200, 1e-310])
+@pytest.mark.parametrize("tiny", [1e-8, 1e-80, 1e-160, 1e-200, 1e-310])
 def test_neurons_that_faded_are_no_neurons(tiny):
     task = task_of(X2, Y2, BETA2)
     escape = find_escape(task, point_of([[SIZE, 0.0], [tiny, 2 * tiny]], [[SIZE], [tiny]]))
     assert escape.n_distinct == 1
     assert escape.same_width_decrease == pytest.approx(0.5625 / task.value(point_of([[SIZE, 0.0]], [[SIZE]])).objective)
+    assert escape.curvature_ratio == pytest.approx(4.0)
     nothing = find_escape(task, point_of([[tiny, tiny], [2 * tiny, 2 * tiny]], [[tiny], [2 * tiny]]))
-    assert nothing.n_distinct <= 1 and nothing.curvature_ratio is not None
+    assert nothing.n_distinct <= 1 and nothing.curvature_ratio >= 1.0
     assert nothing.same_width_decrease > 0
 
 
@@ -258,6 +259,7 @@ def test_rows_are_those_of_the_networks(rows):
         assert row.improved_objective <= optimum.primal * (1 + 2e-6)
         assert row.improved_gap <= 1e-6
         assert row.continued_objective <= row.balanced_objective
+        assert row.continued_excess <= row.excess
     zero = rows[rows["beta"] == 1e-1]
     assert (zero["beta"] >= zero["beta_max"]).all()
     assert (zero["optimum_upper"] <= 0.5 * (1 + 1e-12)).all()
@@ -323,6 +325,16 @@ def test_networks_short_of_the_tolerance_are_status_3(finished, tmp_path, monkey
     status, _, stderr = reproduce("--out", tmp_path)
     assert status == 3
     assert "8 of 8 networks are not improved to 1e-06" in stderr
+
+
+def test_traps_are_counted():
+    rows = {"excess": [1e-5, 1e-3, 1e-3, 2e-3], "gap_network_gates": [1e-5, 1e-5, 5e-4, 1e-3]}
+    rows |= {"continued_excess": [0.0, 1e-3, 1e-4, 2e-3], "witness_ratio": [2.0, 2.0, math.nan, math.nan]}
+    found = check_traps(pd.DataFrame(rows | {"same_width_decrease": [1e-9, math.nan, math.nan, 1e-9]}))
+    assert found == {
+        "n_networks": 3, "n_optimal_for_their_patterns": 1, "largest_gap_network_gates": 1e-3,
+        "n_halved_by_continuation": 1, "n_with_witness": 1, "n_with_spare_neurons": 1,
+    }  # fmt: skip
 
 
 def make_frame(excess, verdict="optimal", continued="optimal", optimizer="sgd"):

@@ -113,6 +113,8 @@ class Certificate:
         ]
         if self.infeasibility > FEASIBILITY and self.relative_gap == math.inf:
             verdict = f"Columns leave their cones by {self.infeasibility:.1e}: no point of this problem."
+        elif not math.isfinite(self.primal):
+            verdict = "The objective of this point is not finite."
         elif self.relative_gap == math.inf:
             verdict = "Nothing is proven about this point: the lower bound is zero."
         elif self.at_rounding:

@@ -66,7 +66,7 @@ def _verdicts(report: NetworkReport) -> list[str]:
     if report.proven_suboptimal:
         lines.append(
             f"Not optimal: a network with objective {report.best_objective:.8g} was found, "
-            f"{_percent(report.excess[0])} lower; improve() returns it."
+            f"{_percent(report.excess[0] / (1 + report.excess[0]))} lower; improve() returns it."
         )
     witness = report.witness
     if witness is not None:

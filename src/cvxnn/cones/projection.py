@@ -15,8 +15,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from cvxnn.cones.active_sets import DEPENDENT, NEGATIVE, apply, split
-from cvxnn.cones.active_sets import ActiveSets
+from cvxnn.cones.active_sets import DEPENDENT, NEGATIVE, ActiveSets, apply, split
 
 __all__ = ["Constraints", "Projection", "project_cones", "solve", "tangent"]
 

@@ -154,6 +154,7 @@ class _Identity:
     optimum_lower: float
     optimum_upper: float
     excess: float
+    continued_excess: float
     train_seconds: float
 
 
@@ -202,7 +203,7 @@ def audit_cell(cell: NetworksCell) -> dict[str, Any]:
     limits = Limits(cell.tol, cell.certify_seconds, cell.improve_seconds, cell.continue_seconds)
     audits = [audit_network(batch[i], X, Y, cell.beta, proof.lower_bound, limits) for i in range(len(batch))]
     # The best network seen anywhere in the cell is an upper bound of the optimum too.
-    upper = min(proof.primal, *(audit.improved_objective for audit, _ in audits))
+    upper = min(proof.primal, *(min(audit.improved_objective, audit.continued_objective) for audit, _ in audits))
     rows = []
     for seed, (audit, _) in zip(cell.seeds, audits, strict=True):
         identity = _Identity(
@@ -216,6 +217,7 @@ def audit_cell(cell: NetworksCell) -> dict[str, Any]:
             optimum_lower=proof.lower_bound,
             optimum_upper=upper,
             excess=_excess(audit.balanced_objective, upper),
+            continued_excess=_excess(audit.continued_objective, upper),
             train_seconds=seconds,
         )
         rows.append(dataclasses.asdict(identity) | dataclasses.asdict(audit))

@@ -76,7 +76,6 @@ class Audit:
     same_width_decrease: float | None
     verdict: str
     continued_objective: float
-    continued_excess: float
     continued_stationarity: float
     continued_curvature_ratio: float | None
     continued_same_width_decrease: float | None
@@ -187,7 +186,6 @@ def _continued(task: Task, point: Point, optimum: float, seconds: float) -> dict
     escape = find_escape(task, found)
     return {
         "continued_objective": report.balanced_objective,
-        "continued_excess": excess,
         "continued_stationarity": report.stationarity,
         "continued_curvature_ratio": escape.curvature_ratio,
         "continued_same_width_decrease": escape.same_width_decrease,

@@ -14,7 +14,15 @@ from cvxnn.experiments.complexity_fits import Statement
 from cvxnn.experiments.networks import NETWORKS_COLUMNS
 from cvxnn.experiments.networks_audit import VERDICTS
 
-__all__ = ["THRESHOLDS", "check_bounds", "judge_networks", "network_frame", "summarise_networks", "trained_frame"]
+__all__ = [
+    "THRESHOLDS",
+    "check_bounds",
+    "check_traps",
+    "judge_networks",
+    "network_frame",
+    "summarise_networks",
+    "trained_frame",
+]
 
 #: A network is counted as proven to be more than this above the optimum, relative.
 THRESHOLDS = (1e-6, 1e-4, 1e-2)
@@ -61,6 +69,7 @@ def _summary(part: pd.DataFrame) -> dict[str, Any]:
         "largest_upper_bound": float(part["excess_most"].max()),
         "median_own_gap": float(part["own_gap"].median()),
         "median_gap_network_gates": float(part["gap_network_gates"].median()),
+        "largest_gap_network_gates": float(part["gap_network_gates"].max()),
         "median_stationarity": float(part["stationarity"].median()),
         "median_continued_excess": float(part["continued_excess"].median()),
         "n_proven_suboptimal": int(part["proven_suboptimal"].sum()),
@@ -89,6 +98,19 @@ def check_bounds(frame: pd.DataFrame) -> dict[str, int]:
         "n_lower_bounds_above": int((frame["lower_relu_network"] > frame["optimum_upper"] + slack).sum()),
         "n_objectives_below": int((frame["best_objective"] < frame["optimum_lower"] - slack).sum()),
         "n_own_gaps_below": int((frame["own_gap"] < frame["excess"] - _ROUNDING).sum()),
+    }
+
+
+def check_traps(frame: pd.DataFrame, level: float = GLOBAL_GAP) -> dict[str, Any]:
+    """Why networks are more than `level` above the optimum: their patterns, or training that is not done."""
+    far = frame[frame["excess"] > level]
+    return {
+        "n_networks": len(far),
+        "n_optimal_for_their_patterns": int((far["gap_network_gates"] <= level).sum()),
+        "largest_gap_network_gates": float(far["gap_network_gates"].max()) if len(far) else 0.0,
+        "n_halved_by_continuation": int((far["continued_excess"] < far["excess"] / 2).sum()),
+        "n_with_witness": int(far["witness_ratio"].notna().sum()),
+        "n_with_spare_neurons": int(far["same_width_decrease"].notna().sum()),
     }
 
 

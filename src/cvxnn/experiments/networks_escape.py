@@ -53,7 +53,7 @@ def find_escape(task: Task, point: Point) -> Escape:
         return Escape(len(few), None, None)
     nu = task.gradient(task.outputs(live))
     ratios = [0.0]
-    if len(live) < width:
+    if len(_present(live)) < width:
         ratios.append(float(worst_neuron(task.enumerated, nu).lower))
     twins = _twins(live)
     if len(twins):

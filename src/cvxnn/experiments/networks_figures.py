@@ -17,6 +17,7 @@ __all__ = ["draw_network_figures"]
 
 #: Numbers below are drawn here.
 FLOOR = 1e-13
+_EXCESS_FLOOR = 1e-10
 _ANGLES = 2881
 _TITLES = {"sgd": "SGD", "adam": "Adam"}
 _GREY = "#777777"
@@ -59,8 +60,10 @@ def _draw_excess(frame: pd.DataFrame, path: Path) -> str:
                 part = frame[(frame["width"] == width) & (frame["beta"] == beta) & (frame["optimizer"] == optimizer)]
                 part = part.sort_values("excess")
                 at = i + 0.4 * (k - (len(optimizers) - 1) / 2) + np.linspace(-0.15, 0.15, len(part))
-                low, high = (part[name].clip(lower=FLOOR) for name in ("excess_least", "excess_most"))
-                axes.scatter(at, part["own_gap"].clip(lower=FLOOR), s=9, marker="_", color=_GREY, linewidths=0.8)
+                low, high = (part[name].clip(lower=_EXCESS_FLOOR) for name in ("excess_least", "excess_most"))
+                axes.scatter(
+                    at, part["own_gap"].clip(lower=_EXCESS_FLOOR), s=9, marker="_", color=_GREY, linewidths=0.8
+                )
                 axes.vlines(at, low, high, color=COLOURS[k], linewidth=1.6)
                 axes.scatter(at, high, s=9, marker=MARKERS[k], color=COLOURS[k], linewidths=0)
         axes.set(yscale="log", title=f"m = {width}", xlabel="beta")
@@ -146,7 +149,7 @@ def _draw_certificate(frame: pd.DataFrame, outcomes: list[dict[str, Any]], n_sam
     X, y = spiral(n_samples)
     data = torch.from_numpy(X), torch.from_numpy(np.eye(int(y.max()) + 1)[y])
     widths = sorted({int(frame["width"].min()), int(frame["width"].max())})
-    figure, grid = panels(len(widths), 1, 8.6, 2.9, sharex=True)
+    figure, grid = panels(len(widths), 1, 8.0, 2.9, sharex=True)
     for axes, width in zip(grid[:, 0], widths, strict=True):
         rows = frame[frame["width"] == width]
         worst = rows.loc[rows["excess"].idxmax()]
@@ -164,7 +167,9 @@ def _draw_certificate(frame: pd.DataFrame, outcomes: list[dict[str, Any]], n_sam
             title=f"m = {width}, {_TITLES[worst['optimizer']]}, beta = {worst['beta']:g}: "
             f"{100 * worst['excess']:.2g}% above the optimum",
         )
-        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= axes.get_ylim()[1]])
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels), fontsize="small")
     grid[-1, 0].set_xlabel("direction of the neuron (degrees)")
     grid[-1, 0].set_xticks(range(-180, 181, 60))
     write_figure(figure, path)
@@ -192,4 +197,12 @@ def _draw_slopes(
     live = sizes > 1e-6 * sizes.max()
     at = torch.atan2(W1[live, 1], W1[live, 0]).rad2deg()
     area = 60 * sizes[live] / sizes.max() + 6
-    axes.scatter(at, torch.full_like(at, -0.12 - 0.16 * row), s=area, color=colour, alpha=0.5, linewidths=0, label=name)
+    axes.scatter(
+        at,
+        torch.full_like(at, -0.12 - 0.16 * row),
+        s=area,
+        color=colour,
+        alpha=0.5,
+        linewidths=0,
+        label=f"neurons, {name}",
+    )

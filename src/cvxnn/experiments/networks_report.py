@@ -13,12 +13,14 @@ import pandas as pd
 import torch
 
 from cvxnn._version import __version__
+from cvxnn.experiments.claims import GLOBAL_GAP
 from cvxnn.experiments.complexity_fits import as_dicts
 from cvxnn.experiments.networks import NETWORKS_SCALES, NetworksGrid
 from cvxnn.experiments.networks_audit import OPTIMAL, VERDICTS
 from cvxnn.experiments.networks_claims import (
     THRESHOLDS,
     check_bounds,
+    check_traps,
     judge_networks,
     network_frame,
     summarise_networks,
@@ -32,7 +34,7 @@ __all__ = ["networks_summary", "write_networks_report"]
 _CAPTIONS = {
     "excess.png": "Every network by its excess over the optimum of all ReLU networks. Coloured: the interval that is "
     "proven, mostly shorter than its marker. Grey: what the gradient of the network alone proves, without solving "
-    "anything. Values below 1e-13 are drawn there.",
+    "anything. Values below 1e-10 are drawn there.",
     "improve.png": "Every network before and after `improve()`.",
     "training.png": "Excess during the training: medians over the seeds, bands from the smallest to the largest.",
     "certificate.png": "The certificate, for the worst network of two widths: the slope of a new neuron against its "
@@ -50,6 +52,7 @@ def networks_summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         "n_runs": len(frame),
         "claims": as_dicts(judge_networks(frame)),
         "bounds": check_bounds(frame),
+        "traps": check_traps(trained_frame(frame)),
         "cells": [{key: _finite(value) for key, value in part.items()} for part in summarise_networks(frame)],
     }
 
@@ -89,12 +92,13 @@ def _page(frame: pd.DataFrame, grid: NetworksGrid, pictures: list[str]) -> str:
         "ReLU networks, for the betas where the optimum is not zero.",
         "## How far from the optimum",
         _distances(summary),
-        "- *proven above*: networks with a proof that they are more than so much above the optimum, relative: a better "
-        "network was found, and its objective is the proof.\n"
+        "- *proven suboptimal*: a better network was found, and its objective is the proof; by more than so much, "
+        "relative to the optimum.\n"
         "- *within 1%*: networks with a proof that no ReLU network, of any width, is more than 1% better.",
         "## What they end in",
         _endings(summary),
         "\n".join(f"- *{name.replace('_', ' ')}*: {words}." for name, words in VERDICTS.items()),
+        _traps(trained_frame(frame)),
         "## After improve()",
         _improvements(summary),
         "## The bounds",
@@ -147,12 +151,13 @@ def _distances(summary: Sequence[dict[str, Any]]) -> str:
             f"{part['median_excess']:.1e}",
             f"{part['largest_excess']:.1e}",
             f"{part['median_own_gap']:.1e}",
+            str(part["n_proven_suboptimal"]),
             *(str(part["n_proven_above"][f"{level:g}"]) for level in THRESHOLDS),
             f"{part['n_within_1_percent']} of {part['n_networks']}",
         )
         for part in summary
     ]
-    above = (f"proven above {level:g}" for level in THRESHOLDS)
+    above = ("proven suboptimal", *(f"by more than {level:g}" for level in THRESHOLDS))
     header = ("m", "beta", "optimiser", "optimum", "objective (median)", "excess (median)", "excess (largest)")
     return _table((*header, "gap from the gradient alone (median)", *above, "within 1%"), rows)
 
@@ -172,13 +177,28 @@ def _endings(summary: Sequence[dict[str, Any]]) -> str:
                 f"{part['median_excess']:.1e} / {part['median_continued_excess']:.1e}",
                 f"{part['median_stationarity']:.1e}",
                 f"{part['median_distinct']:g}",
+                f"{part['largest_gap_network_gates']:.1e}",
             )
         )
     if not rows:
         return ""
     names = (name.replace("_", " ") for name in VERDICTS)
     header = ("m", "beta", "optimiser", *names, "excess (median)", "residual (median)", "distinct neurons (median)")
-    return "As trained / after L-BFGS at the same width went on from there.\n\n" + _table(header, rows)
+    wide = (*header, "gap among networks with their patterns (largest)")
+    return "As trained / after L-BFGS at the same width went on from there.\n\n" + _table(wide, rows)
+
+
+def _traps(frame: pd.DataFrame) -> str:
+    check = check_traps(frame)
+    if not check["n_networks"]:
+        return ""
+    return (
+        f"Of the {check['n_networks']} networks that are more than {GLOBAL_GAP:g} above the optimum, "
+        f"{check['n_optimal_for_their_patterns']} are within {GLOBAL_GAP:g} of the best network with the same "
+        f"activation patterns (the largest gap is {check['largest_gap_network_gates']:.1e}), and L-BFGS halves the "
+        f"excess of {check['n_halved_by_continuation']}. {check['n_with_witness']} have a witness, and "
+        f"{check['n_with_spare_neurons']} have a spare neuron that could take its place."
+    )
 
 
 def _improvements(summary: Sequence[dict[str, Any]]) -> str:

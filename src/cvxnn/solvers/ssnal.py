@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cvxnn.certificates import relative_gap
+from cvxnn.certificates import Certificate, relative_gap
 from cvxnn.columns import Columns
 from cvxnn.cones import LongProjections
 from cvxnn.dual_norms import price_cones
@@ -259,7 +259,7 @@ class Ssnal(Solver):
             if trial.value <= point.value + _ARMIJO * step * slope + 1e-15 * abs(point.value):
                 return step, trial
             end = float(direction @ trial.gradient)
-            share = slope / (slope - end) if end > 0 else 0.5
+            share = slope / (slope - end) if slope < 0 < end else 0.5
             step *= min(max(share, _LEAST_SHARE), _LARGEST_SHARE)
         return step, None
 
@@ -374,6 +374,11 @@ class Ssnal(Solver):
     def facts(self) -> dict[str, int]:
         return {"priced": self.priced, "working_set": len(self.gates)}
 
+    def message(self, certificate: Certificate) -> str:
+        return (
+            "the Newton steps end in rounding errors at this scale of X and beta; try 'bm_global' or 'interior_point'"
+        )
+
     def state(self) -> dict[str, Any]:
         numbers = ("sigma", "tau", "rho", "limit", "rounds", "stalled", "gap", "growing", "priced")
         return {name: getattr(self, name) for name in ("x", "T", "b", "dual", "gates", *numbers)}
@@ -387,6 +392,8 @@ class Ssnal(Solver):
 def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
+        if not bool(torch.isfinite(matrix).all()):
+            raise torch.linalg.LinAlgError("the Newton matrix is not finite")
         return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
     return torch.cholesky_solve(right[:, None], factor)[:, 0]
 

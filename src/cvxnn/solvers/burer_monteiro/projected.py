@@ -192,6 +192,8 @@ class ProjectedDescent:
     def _metric(self, parts: Parts) -> Parts:
         """M: inverse bounds of the curvature in each column alone; `parts` were evaluated last."""
         local = self.local
+        if isinstance(local, Eliminated) and not hasattr(local, "V"):
+            raise torch.linalg.LinAlgError("V cannot be eliminated in float64 at this beta")
         v = local.V if isinstance(local, Eliminated) else parts[1]
         sizes = [v.square().sum(1, keepdim=True), parts[0].square().sum(1, keepdim=True)]
         bounds = [local.beta + self.norms * size for size in sizes[: len(parts)]]
