@@ -13,20 +13,14 @@ import torch
 from cvxnn.cones import Cones
 from cvxnn.dual_norms import gate_dual_norms
 from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.gates import choose_gates
 from cvxnn.losses import Loss, get_loss
 from cvxnn.norms import MatrixNorm, get_norm
 from cvxnn.operators import MLPOperator, Operator
-from cvxnn.patterns import (
-    activation_patterns,
-    deduplicate_gates,
-    enumerate_gates,
-    sample_gates,
-)
 from cvxnn.validation import (
     as_matrix,
     check_choice,
     check_flag,
-    check_integer,
     check_positive,
     check_range,
     check_sample_weight,
@@ -35,11 +29,9 @@ from cvxnn.validation import (
     resolve_dtype,
 )
 
-__all__ = ["ACTIVATIONS", "GATE_SAMPLING", "Problem", "mlp_problem"]
+__all__ = ["ACTIVATIONS", "Problem", "mlp_problem"]
 
 ACTIVATIONS = ("linear", "gated_relu", "relu")
-
-GATE_SAMPLING = ("gaussian", "differences", "whitened")
 
 
 class Problem:
@@ -214,53 +206,6 @@ class Problem:
         return float(value + self.beta * self.norm.value(Z)[1].sum())
 
 
-def _choose_gates(
-    X: np.ndarray,
-    gates: Any,
-    n_gates: int,
-    hidden_bias: bool,
-    gate_sampling: str,
-    gate_quantile: float | None,
-    max_cells: int | None,
-    random_state: Any,
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Gate vectors, their patterns on X, and the scope that they give."""
-    if isinstance(gates, str):
-        check_choice(gates, "gates", ("enumerate",))
-        found = enumerate_gates(X) if max_cells is None else enumerate_gates(X, max_cells=max_cells)
-        scope = "all_gates"
-    elif gates is not None:
-        found = as_matrix(gates, "gates").copy()
-        if len(found) != X.shape[1]:
-            extra = " (the last for the hidden bias)" if hidden_bias else ""
-            raise InvalidInputError(f"gates has {len(found)} rows; {X.shape[1]}{extra}, one per feature, are wanted")
-        return found, activation_patterns(X, found), "given_gates"
-    else:
-        check_integer(n_gates, "n_gates")
-        check_choice(gate_sampling, "gate_sampling", GATE_SAMPLING)
-        if gate_quantile is not None:
-            if check_positive(gate_quantile, "gate_quantile") >= 1:
-                raise InvalidInputError(f"gate_quantile is {gate_quantile!r}; a number between 0 and 1 is wanted")
-            if not hidden_bias:
-                raise InvalidInputError(f"gate_quantile is {gate_quantile!r}; such a threshold needs hidden_bias=True")
-        found = sample_gates(
-            X,
-            n_gates,
-            method=gate_sampling,
-            quantile=gate_quantile,
-            bias_column=hidden_bias,
-            random_state=random_state,
-        )
-        scope = "sampled_gates"
-    bits = activation_patterns(X, found)
-    # Rows of zeros are active for every gate, and tell none apart.
-    informative = X.any(axis=1)
-    kept = deduplicate_gates(bits[informative]) if informative.any() else np.arange(1)
-    if len(kept) == 0:
-        raise InvalidInputError(f"none of the {found.shape[1]} gates is active on any sample; draw more gates")
-    return np.ascontiguousarray(found[:, kept]), np.ascontiguousarray(bits[:, kept]), scope
-
-
 def _without_copy(data: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         # torch warns of arrays that cannot be written to; nothing writes to the data.
@@ -381,7 +326,7 @@ def mlp_problem(
     gate_vectors = pattern_tensor = None
     scope = "linear_network"
     if activation != "linear":
-        gate_vectors, bits, scope = _choose_gates(
+        gate_vectors, bits, scope = choose_gates(
             tensor.double().numpy(),
             gates,
             n_gates,
