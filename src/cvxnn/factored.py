@@ -53,20 +53,29 @@ class FactoredLoss:
     def slopes(self, columns: Columns, b: torch.Tensor) -> Slopes:
         """Value and gradients."""
         op, loss = self.op, self.problem.loss
-        left, right = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
+        weights = op.split_right(columns.v)
+        left, right = torch.zeros_like(columns.u), torch.zeros_like(weights)
         offset = torch.zeros_like(b)
         value = 0.0
         for rows in op.column_batches(len(columns)):
             hidden = op.hidden(columns.gate, columns.u, rows)
-            outputs = torch.addmm(b, hidden, columns.v)
+            outputs = torch.addmm(b, hidden, weights)
             Y, w = self.Y[rows], self.weights[rows]
             value += float(loss.value(outputs, Y, w))
             gradient = loss.gradient(outputs, Y, w)
-            left += op.hidden_adjoint(columns.gate, gradient @ columns.v.T, rows)
+            left += op.hidden_adjoint(columns.gate, gradient @ weights.T, rows)
             right.addmm_(hidden.T, gradient)
             if self.problem.output_bias:
                 offset += gradient.sum(0)
-        return Slopes(value, left, right, offset)
+        return Slopes(value, left, op.merge_right(right), offset)
+
+    def energies(self, gate: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """sum_i w_i h_i^2 for every hidden output of the columns u (r, p), (r w,)."""
+        parts = (
+            (self.weights[rows].unsqueeze(1) * self.op.hidden(gate, u, rows).square()).sum(0)
+            for rows in self.op.column_batches(len(u))
+        )
+        return torch.stack(list(parts)).sum(0)
 
     def hessian_product(
         self, columns: Columns, b: torch.Tensor, du: torch.Tensor, dv: torch.Tensor, db: torch.Tensor | None = None
@@ -74,17 +83,19 @@ class FactoredLoss:
         """Derivative of the gradients along (du, dv, db); `value` is the curvature, the product with it."""
         db = torch.zeros_like(b) if db is None else db
         op, loss, gate = self.op, self.problem.loss, columns.gate
-        left, right = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
+        weights, change_right = op.split_right(columns.v), op.split_right(dv)
+        left, right = torch.zeros_like(columns.u), torch.zeros_like(weights)
         offset = torch.zeros_like(b)
         for rows in op.column_batches(2 * len(columns)):
             hidden, moved = op.hidden(gate, columns.u, rows), op.hidden(gate, du, rows)
-            outputs = torch.addmm(b, hidden, columns.v)
-            change = moved @ columns.v + hidden @ dv + db
+            outputs = torch.addmm(b, hidden, weights)
+            change = moved @ weights + hidden @ change_right + db
             Y, w = self.Y[rows], self.weights[rows]
             gradient = loss.gradient(outputs, Y, w)
             second = loss.hessian_product(outputs, Y, w, change)
-            left += op.hidden_adjoint(gate, second @ columns.v.T + gradient @ dv.T, rows)
+            left += op.hidden_adjoint(gate, second @ weights.T + gradient @ change_right.T, rows)
             right += hidden.T @ second + moved.T @ gradient
             offset += second.sum(0)
+        right = op.merge_right(right)
         curvature = float((left * du).sum() + (right * dv).sum() + (offset * db).sum())
         return Slopes(curvature, left, right, offset)

@@ -132,7 +132,7 @@ class Problem:
         """The cones {u : (2 D_k - I) X u >= 0} of the columns of a ReLU problem (19); None for the others."""
         if self.activation != "relu":
             return None
-        return Cones(self.operator.double().data_tensors()[0], self.patterns, self.gates)
+        return Cones(*self.operator.double().cone_rows, self.gates)
 
     @cached_property
     def Y64(self) -> torch.Tensor:

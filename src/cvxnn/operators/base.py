@@ -37,6 +37,8 @@ class Operator(ABC):
     block_shape: tuple[int, int, int]
     #: Gate vectors in the shape of the public contract, float64, or None where there are none.
     gates: np.ndarray | None
+    #: Hidden outputs w of a column: 1 for the MLP, the pooling cells of a CNN.
+    width: int = 1
     dtype: torch.dtype
     device: torch.device
 
@@ -47,8 +49,16 @@ class Operator(ABC):
 
     @property
     def n_features(self) -> int:
-        """Number of rows of the flattened map: P times p."""
-        return self.block_shape[0] * self.block_shape[1]
+        """Number of features of one output: P p w."""
+        return self.block_shape[0] * self.block_shape[1] * self.width
+
+    def flatten(self, Z: torch.Tensor) -> torch.Tensor:
+        """Blocks (P, p, q) as the weights (P p w, c) of the features of :meth:`gram`."""
+        return Z.reshape(self.n_features, -1)
+
+    def unflatten(self, weights: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`flatten`, which is also its adjoint."""
+        return weights.view(self.block_shape)
 
     @property
     @abstractmethod
@@ -83,6 +93,16 @@ class Operator(ABC):
 
     @property
     @abstractmethod
+    def row_squares(self) -> torch.Tensor:
+        """For every sample (n, w): a bound of |h|^2 over the unit u, for each of the w hidden outputs."""
+
+    @property
+    @abstractmethod
+    def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (N, p) and patterns (N, P) of the cones {u : (2 D_k - I) X u >= 0} of a ReLU problem."""
+
+    @property
+    @abstractmethod
     def prediction_norm(self) -> float:
         """The largest Frobenius norm of a block of A*(e_i) for one sample i and one output, rounded up."""
 
@@ -96,26 +116,41 @@ class Operator(ABC):
 
     @abstractmethod
     def hidden(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Activations h of columns u_j (r, p) in gate_j for some samples: the predictions of u_j v_j^T are h_j v_j^T.
+        """Hidden outputs h of columns u_j (r, p) in gate_j for some samples, (rows, r w).
 
-        Shape (rows, r).
+        The w outputs of a column are side by side; the predictions of the columns are
+        ``h @ split_right(v)``.
         """
 
     @abstractmethod
     def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The adjoint of `hidden` in u, (r, p), at M of shape (rows, r)."""
+        """The adjoint of `hidden` in u, (r, p), at M of shape (rows, r w)."""
+
+    def split_right(self, v: torch.Tensor) -> torch.Tensor:
+        """Right factors v (r, q) as the weights (r w, c) of the hidden outputs."""
+        if self.width == 1:
+            return v
+        return v.reshape(len(v), self.n_outputs, self.width).mT.reshape(-1, self.n_outputs)
+
+    def merge_right(self, weights: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`split_right`, which is also its adjoint."""
+        if self.width == 1:
+            return weights
+        return weights.view(-1, self.width, self.n_outputs).mT.flatten(1)
 
     def adjoint_columns(self, columns: Columns, L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """G_k v_j (r, p) and G_k^T u_j (r, q) for every column j of gate k, with G = A*(L), without forming G."""
-        left, right = torch.zeros_like(columns.u), torch.zeros_like(columns.v)
+        weights = self.split_right(columns.v)
+        left, right = torch.zeros_like(columns.u), torch.zeros_like(weights)
         for rows in self.column_batches(len(columns)):
-            left += self.hidden_adjoint(columns.gate, L[rows] @ columns.v.T, rows)
+            left += self.hidden_adjoint(columns.gate, L[rows] @ weights.T, rows)
             right += self.hidden(columns.gate, columns.u, rows).T @ L[rows]
-        return left, right
+        return left, self.merge_right(right)
 
     def apply_columns(self, columns: Columns) -> torch.Tensor:
         """Predictions (n, c) of the columns."""
-        parts = [self.hidden(columns.gate, columns.u, rows) @ columns.v for rows in self.column_batches(len(columns))]
+        weights = self.split_right(columns.v)
+        parts = [self.hidden(columns.gate, columns.u, rows) @ weights for rows in self.column_batches(len(columns))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def network_outputs(self, columns: Columns) -> torch.Tensor:
@@ -124,7 +159,7 @@ class Operator(ABC):
 
     def column_batches(self, n_columns: int) -> list[slice]:
         """Slices of samples whose activations for so many columns take at most `BATCH_BYTES`."""
-        return row_batches(self.n_samples, max(1, n_columns) * 8)
+        return row_batches(self.n_samples, max(1, n_columns) * self.width * 8)
 
     @abstractmethod
     def subset(self, rows: torch.Tensor) -> Operator:
@@ -134,9 +169,12 @@ class Operator(ABC):
     def select(self, gates: torch.Tensor) -> Operator:
         """The same map for some of the gates."""
 
-    @abstractmethod
     def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Predictions (r, n, c) of each of r atoms u_j v_j^T in block gate_j; u (r, p), v (r, q)."""
+        r, w = len(gate), self.width
+        hidden = torch.cat([self.hidden(gate, u, rows) for rows in self.column_batches(r)])
+        weights = self.split_right(v).reshape(r, w, self.n_outputs)
+        return torch.einsum("nrw,rwc->rnc", hidden.view(self.n_samples, r, w), weights)
 
     @abstractmethod
     def kernel(self) -> torch.Tensor:
@@ -144,7 +182,7 @@ class Operator(ABC):
 
     @abstractmethod
     def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """The (P p) x (P p) matrix of A* diag(weights) A for one output."""
+        """The (P p w) x (P p w) matrix of A* diag(weights) A for one output, in the order of :meth:`flatten`."""
 
     @abstractmethod
     def predict(self, Z: torch.Tensor, X: np.ndarray) -> torch.Tensor:

@@ -197,6 +197,14 @@ class MLPOperator(Operator):
         return 4 * self.n_samples * eps * self._norm * _frobenius(L)
 
     @cached_property
+    def row_squares(self) -> torch.Tensor:
+        return self.X.square().sum(1, keepdim=True)
+
+    @property
+    def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.X, self.patterns
+
+    @cached_property
     def prediction_norm(self) -> float:
         largest = _largest(self.X)
         if largest == 0:
@@ -208,12 +216,6 @@ class MLPOperator(Operator):
         eps = torch.finfo(self.dtype).eps / 2
         blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
         return 4 * (self.block_shape[1] + self.n_gates) * eps * self._norm * blocks
-
-    def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        hidden = u @ self.X.T
-        if self._patterns is not None:
-            hidden = hidden * self._patterns.T[gate].to(self.dtype)
-        return hidden.unsqueeze(2) * v.unsqueeze(1)
 
     def kernel(self) -> torch.Tensor:
         n = self.n_samples

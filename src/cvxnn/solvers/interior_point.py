@@ -278,8 +278,8 @@ class _ConeProgram(_Program):
     def _constraints(self) -> list[Any]:
         import cvxpy as cp
 
-        signs = 2.0 * self.source.patterns.cpu().numpy() - 1
-        X = self.source.operator.double().data_tensors()[0].cpu().numpy()
+        X, patterns = (part.cpu().numpy() for part in self.source.operator.double().cone_rows)
+        signs = 2.0 * patterns - 1
         rows = sp.block_diag([sp.csr_array(signs[:, k : k + 1] * X) for k in range(signs.shape[1])], format="csr")
         return [sp.block_diag([rows, rows], format="csr") @ cp.vec(self.blocks, order="C") >= 0]
 

@@ -130,7 +130,7 @@ class FeatureRidge(Ridge):
         return float(torch.linalg.vector_norm(fit)) * (size / scale)
 
     def _adjoint(self, L: torch.Tensor) -> torch.Tensor:
-        return self.operator.adjoint(L).reshape(self.operator.n_features, -1)
+        return self.operator.flatten(self.operator.adjoint(L))
 
     def factor(self, rho: float) -> None:
         self.rho = rho
@@ -140,8 +140,8 @@ class FeatureRidge(Ridge):
         if self._cached is None or self._cached[0] is not C:
             target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
             self._cached = (C, self._adjoint(self._weights * target))
-        flat = self._cached[1] + self.rho * B.reshape(self.operator.n_features, -1)
-        Z = _solve(self._factor, flat).view(B.shape)
+        flat = self._cached[1] + self.rho * self.operator.flatten(B)
+        Z = self.operator.unflatten(_solve(self._factor, flat))
         return RidgeSolution(Z, self.residual(Z, C) if want_residual else None)
 
     def residual(self, Z: torch.Tensor, C: torch.Tensor) -> torch.Tensor:

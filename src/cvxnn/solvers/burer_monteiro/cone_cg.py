@@ -32,15 +32,16 @@ class ConeProducts:
         """Diagonal of J^T F'' J + beta I, about, with one number for all of a u_j."""
         loss, columns = self.loss, self.columns
         op, smoothness = loss.op, loss.problem.loss.smoothness
-        energy, strength = torch.zeros_like(columns.v[:, 0]), torch.zeros_like(columns.v[:, 0])
-        units = op.data_tensors()[0].square().sum(1)
+        r, w = len(columns), op.width
+        energy, strength = columns.u.new_zeros(r * w), columns.u.new_zeros(r)
         for rows in op.column_batches(len(columns)):
             hidden = op.hidden(columns.gate, columns.u, rows)
             weights = loss.weights[rows].unsqueeze(1)
             energy += smoothness * (weights * hidden.square()).sum(0)
-            strength += smoothness * ((hidden != 0) * weights * units[rows].unsqueeze(1)).sum(0)
+            active = (hidden != 0).view(-1, r, w) * op.row_squares[rows].unsqueeze(1)
+            strength += smoothness * (weights * active.mean(2)).sum(0)
         of_u = (strength * columns.v.square().sum(1)).unsqueeze(1).expand_as(columns.u)
-        of_v = energy.unsqueeze(1).expand_as(columns.v)
+        of_v = op.merge_right(energy.unsqueeze(1).expand(-1, loss.Y.shape[1]))
         of_b = smoothness * loss.weights.sum().expand(len(self.b) if self.bias else 0)
         return torch.cat([of_u.flatten(), of_v.flatten(), of_b]) + self.beta
 

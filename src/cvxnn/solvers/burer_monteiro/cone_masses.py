@@ -51,9 +51,8 @@ class _Masses:
         self.loss, self.beta, self.bias = loss, problem.beta, problem.output_bias
         self.u = columns.u / columns.u.norm(dim=1, keepdim=True)
         self.v = columns.v / columns.v.norm(dim=1, keepdim=True)
-        hidden = loss.op.hidden(columns.gate, self.u, slice(0, loss.op.n_samples))
         self.r = len(columns)
-        atoms = torch.einsum("nr,rc->rnc", hidden, self.v)
+        atoms = loss.op.apply_atoms(columns.gate, self.u, self.v)
         if self.bias:
             units = torch.eye(atoms.shape[2], dtype=atoms.dtype, device=atoms.device)
             atoms = torch.cat([atoms, units[:, None, :].expand(-1, atoms.shape[1], -1)])

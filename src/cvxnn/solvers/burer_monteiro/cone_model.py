@@ -9,7 +9,7 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.cones import Cones, Projection
 from cvxnn.factored import FactoredLoss, Slopes
-from cvxnn.solvers.burer_monteiro.local import selected_features
+from cvxnn.solvers.burer_monteiro.local import block_slopes, jacobian, selected_features
 
 __all__ = ["ConeModel", "ModelStep", "model_numbers", "model_operations"]
 
@@ -68,14 +68,14 @@ class ConeModel:
         self.beta = beta = loss.problem.beta
         self.u, self.v, self.b = columns.u, columns.v, b
         self.bias = loss.problem.output_bias
-        (r, d), c = columns.u.shape, columns.v.shape[1]
-        self.shape = r, d, c
+        (r, d), q = columns.u.shape, columns.v.shape[1]
+        self.shape = r, d, q
         rows = slice(0, loss.op.n_samples)
         hidden = loss.op.hidden(columns.gate, columns.u, rows)
-        outputs = torch.addmm(b, hidden, columns.v)
+        outputs = torch.addmm(b, hidden, loss.op.split_right(columns.v))
         gradient = loss.problem.loss.gradient(outputs, loss.Y, loss.weights)
         Phi = selected_features(loss, columns.gate)
-        self.cross = torch.einsum("nrp,nc->rpc", Phi, gradient)
+        self.cross = block_slopes(loss.op, Phi, gradient)
         self.gauss = self._gauss_newton(loss, Phi, hidden, outputs)
         diagonal = self.gauss.diagonal()
         largest = diagonal[: r * d].view(r, d).amax(1, keepdim=True).expand(r, d)
@@ -87,14 +87,7 @@ class ConeModel:
     def _gauss_newton(
         self, loss: FactoredLoss, Phi: torch.Tensor, hidden: torch.Tensor, outputs: torch.Tensor
     ) -> torch.Tensor:
-        r, d, c = self.shape
-        n = len(Phi)
-        units = torch.eye(c, dtype=Phi.dtype, device=Phi.device)
-        J = Phi.new_zeros(r * (d + c) + (c if self.bias else 0), n, c)
-        J[: r * d] = torch.einsum("nrp,rc->rpnc", Phi, self.v).reshape(r * d, n, c)
-        J[r * d : r * (d + c)] = torch.einsum("nr,ec->renc", hidden, units).reshape(r * c, n, c)
-        if self.bias:
-            J[r * (d + c) :] = units.unsqueeze(1)
+        J = jacobian(loss.op, Phi, hidden, self.v, self.bias)
         second = loss.problem.loss.hessian_product(outputs, loss.Y, loss.weights, J)
         H = J.flatten(1) @ second.flatten(1).T
         return (H + H.T) / 2
@@ -131,12 +124,12 @@ class ConeModel:
 
     def _damped(self, start: Projection, damping: float) -> torch.Tensor:
         """The model as a matrix: what is indefinite in the second part is turned positive on the faces of a guess."""
-        r, d, c = self.shape
+        r, d, q = self.shape
         M = self.gauss.clone()
         M.diagonal().add_(damping * self.metric)
         projector = self.cones.tangent(start, self.gate)
         G = torch.einsum("rab,rbc->rac", projector, self.cross)
-        blocks = self.beta * torch.eye(d + c, dtype=G.dtype, device=G.device).repeat(r, 1, 1)
+        blocks = self.beta * torch.eye(d + q, dtype=G.dtype, device=G.device).repeat(r, 1, 1)
         blocks[:, :d, d:], blocks[:, d:, :d] = G, G.mT
         values, vectors = torch.linalg.eigh(blocks)
         positive = (vectors * values.abs().unsqueeze(1)) @ vectors.mT
@@ -145,7 +138,7 @@ class ConeModel:
         positive[:, d:, :d] += rest.mT
         index = torch.arange(r, device=M.device)[:, None]
         of_u = index * d + torch.arange(d, device=M.device)
-        where = torch.cat([of_u, r * d + index * c + torch.arange(c, device=M.device)], 1)
+        where = torch.cat([of_u, r * d + index * q + torch.arange(q, device=M.device)], 1)
         M[where.unsqueeze(2), where.unsqueeze(1)] += positive
         return M
 
@@ -167,12 +160,12 @@ class ConeModel:
         return best + length * move
 
     def _target(self, M: torch.Tensor, step: torch.Tensor, exact: bool) -> ModelStep | None:
-        r, d, c = self.shape
+        r, d, q = self.shape
         promised = -float(self.slope @ step + step @ (M @ step) / 2)
         if not promised > 0:
             return None
-        v = self.v + step[r * d : r * (d + c)].view(r, c)
-        b = self.b + step[r * (d + c) :] if self.bias else self.b
+        v = self.v + step[r * d : r * (d + q)].view(r, q)
+        b = self.b + step[r * (d + q) :] if self.bias else self.b
         return ModelStep(self.u + step[: r * d].view(r, d), v, b, promised, exact)
 
     def _on_faces(self, M: torch.Tensor, projection: Projection) -> torch.Tensor | None:

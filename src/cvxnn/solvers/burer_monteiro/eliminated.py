@@ -46,7 +46,8 @@ class Eliminated(LocalProblem):
         if problem.output_bias:
             self.along = self.root / torch.linalg.vector_norm(self.root)
             self.Y = self._centred(self.Y)
-        self.samples_side = len(columns) > self.op.n_samples
+        #: Columns of A: every hidden output counts, and V is kept as their weights (r w, c).
+        self.samples_side = len(columns) * self.op.width > self.op.n_samples
         self.batches = [slice(0, self.op.n_samples)] if self.samples_side else self.op.column_batches(len(columns))
         self._features: torch.Tensor | None = None
 
@@ -59,7 +60,7 @@ class Eliminated(LocalProblem):
 
     def point(self, parts: Sequence[torch.Tensor]) -> tuple[Columns, torch.Tensor]:
         self.evaluate(parts)
-        columns = Columns(self.gate, parts[0], self.V)
+        columns = Columns(self.gate, parts[0], self.op.merge_right(self.V))
         b = self.loss.Y.new_zeros(self.loss.Y.shape[1])
         if self.along is not None:
             b = self.problem.best_intercept(self.op.apply_columns(columns))
@@ -84,7 +85,7 @@ class Eliminated(LocalProblem):
         return float(value), [slope]
 
     def _solve(self, u: torch.Tensor) -> bool:
-        """The best V (r, c), the residual R (n, c) and the Cholesky factor; False where rounding forbids it."""
+        """The best V (r w, c), the residual R (n, c) and the Cholesky factor; False where rounding forbids it."""
         beta = self.beta
         if self.samples_side:
             A = self._centred(self._activations(u, self.batches[0]))
@@ -99,7 +100,7 @@ class Eliminated(LocalProblem):
             self.V = A.T @ self.R / beta
             self.A = A
             return True
-        r = len(u)
+        r = len(u) * self.op.width
         system, right = u.new_zeros(r, r), u.new_zeros(r, self.Y.shape[1])
         mean = u.new_zeros(r)
         parts = []
@@ -143,7 +144,7 @@ class Eliminated(LocalProblem):
 
     @property
     def features(self) -> torch.Tensor:
-        """D_k X of every column with the weights, (n, r p)."""
+        """D_k X of every column with the weights, (n, r p); for one hidden output per column."""
         if self._features is None:
             flat = selected_features(self.loss, self.gate).flatten(1) * self.root.unsqueeze(1)
             self._features = self._centred(flat)
@@ -177,7 +178,7 @@ class Eliminated(LocalProblem):
                 out.index_add_(0, column, inner * w)
             return out.flatten()
 
-        blocks = self.grams().columns(self.gate, V.square().sum(1))
+        blocks = self.grams().columns(self.gate, V.view(r, -1).square().sum(1))
         return MatrixFree(
             product,
             lambda x: blocks.power(x.view(r, p), beta, 1).flatten(),

@@ -97,10 +97,7 @@ def new_columns(problem: Problem, loss: FactoredLoss, found: Violation, present:
     pairs = found.pairs
     if len(pairs) == 0:
         return pairs
-    curvature = torch.zeros_like(found.values)
-    for rows in loss.op.column_batches(len(pairs)):
-        hidden = loss.op.hidden(pairs.gate, pairs.u, rows)
-        curvature += (loss.weights[rows].unsqueeze(1) * hidden.square()).sum(0)
+    curvature = loss.energies(pairs.gate, pairs.u).view(len(pairs), -1).sum(1)
     curvature = (problem.loss.smoothness * curvature).clamp_min(1e-300)
     size = (found.values - problem.beta) / curvature / math.sqrt(len(pairs))
     if len(present):

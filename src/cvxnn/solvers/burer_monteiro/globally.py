@@ -218,8 +218,12 @@ class BmGlobal(BurerMonteiro):
         return max(0, len(self.columns) - before)
 
     def _local(self) -> LocalProblem:
-        squared = self.problem.loss.name == "squared" and self.options.eliminate
-        return (Eliminated if squared else Joint)(self.problem, self.loss, self.columns, self._grams)
+        arguments = self.problem, self.loss, self.columns, self._grams
+        if self.problem.loss.name == "squared" and self.options.eliminate:
+            local = Eliminated(*arguments)
+            if self.op.width == 1 or self._method(local) != "newton":
+                return local
+        return Joint(*arguments)
 
     def _descend(self, fresh: bool) -> bool:
         """Move the columns by the local method; False if it could not."""

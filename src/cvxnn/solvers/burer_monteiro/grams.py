@@ -13,7 +13,7 @@ MAX_ENTRIES = 2**27
 
 
 def gate_grams(loss: FactoredLoss, gates: torch.Tensor) -> torch.Tensor:
-    """X^T D_k W D_k X of each gate, (k, p, p), W the weights of the samples."""
+    """X^T D_k W D_k X of each gate, (k, p, p), W the weights of the samples; the mean over the hidden outputs."""
     op = loss.op
     p = op.block_shape[1]
     units = torch.eye(p, dtype=op.dtype, device=gates.device)
@@ -21,7 +21,8 @@ def gate_grams(loss: FactoredLoss, gates: torch.Tensor) -> torch.Tensor:
     root = loss.weights.sqrt().unsqueeze(1)
     for gate in gates:
         features = op.hidden(gate.repeat(p), units, slice(0, op.n_samples)) * root
-        grams.append(features.T @ features)
+        features = features.view(-1, p, op.width).mT.reshape(-1, p)
+        grams.append(features.T @ features / op.width)
     return torch.stack(grams) if grams else units.new_zeros(0, p, p)
 
 

@@ -14,6 +14,8 @@ from cvxnn.solvers.burer_monteiro.local import (
     CG_LIMIT,
     LocalProblem,
     absolute_blocks,
+    block_slopes,
+    jacobian,
     selected_features,
     violated,
 )
@@ -76,11 +78,7 @@ class Joint(LocalProblem):
 
         smoothness = self.problem.loss.smoothness
         blocks = self.grams().columns(self.gate, smoothness * v.square().sum(1))
-        energy = torch.zeros_like(v[:, 0])
-        for rows in op.column_batches(len(columns)):
-            hidden = op.hidden(self.gate, u, rows)
-            energy += smoothness * (loss.weights[rows].unsqueeze(1) * hidden.square()).sum(0)
-        energy = (energy + beta).unsqueeze(1)
+        energy = smoothness * self._energies(columns) + beta
         offset = smoothness * float(loss.weights.sum())
 
         def metric(flat: torch.Tensor) -> torch.Tensor:
@@ -95,27 +93,26 @@ class Joint(LocalProblem):
 
         return MatrixFree(product, metric, precondition, CG_LIMIT, CG_ACCURACY)
 
+    def _energies(self, columns: Columns) -> torch.Tensor:
+        """sum_i w_i h_i^2 of the hidden output that each entry of v weighs, (r, q)."""
+        energies = self.loss.energies(columns.gate, columns.u)
+        return self.op.merge_right(energies.unsqueeze(1).expand(-1, self.loss.Y.shape[1]))
+
     def _dense(self, columns: Columns, b: torch.Tensor) -> Dense:
         op, loss, beta = self.op, self.loss, self.beta
         rows = slice(0, op.n_samples)
         u, v = columns.u, columns.v
-        (r, p), (q, c) = u.shape, (v.shape[1], loss.Y.shape[1])
+        (r, p), q = u.shape, v.shape[1]
         hidden = op.hidden(self.gate, u, rows)
-        outputs = torch.addmm(b, hidden, v)
+        outputs = torch.addmm(b, hidden, op.split_right(v))
         gradient = self.problem.loss.gradient(outputs, loss.Y, loss.weights)
         Phi = selected_features(loss, self.gate)
-        n = len(Phi)
-        units = torch.eye(c, dtype=u.dtype, device=u.device)
-        J = u.new_zeros(self.n_variables, n, c)
-        J[: r * p] = torch.einsum("nrp,rc->rpnc", Phi, v).reshape(r * p, n, c)
-        J[r * p : r * (p + q)] = torch.einsum("nr,ec->renc", hidden, units).reshape(r * q, n, c)
-        if self.problem.output_bias:
-            J[r * (p + q) :] = units.unsqueeze(1)
+        J = jacobian(op, Phi, hidden, v, self.problem.output_bias)
         second = self.problem.loss.hessian_product(outputs, loss.Y, loss.weights, J)
         H = J.flatten(1) @ second.flatten(1).T
         H = (H + H.T) / 2
         first = torch.zeros_like(self.gates).scatter_(0, self.place, torch.arange(r, device=u.device))
-        G = torch.einsum("nkp,nq->kpq", Phi[:, first], gradient)
+        G = block_slopes(op, Phi[:, first], gradient)
         blocks = beta * torch.eye(p + q, dtype=u.dtype, device=u.device).repeat(len(G), 1, 1)
         blocks[:, :p, p:], blocks[:, p:, :p] = G, G.mT
         index = torch.arange(r, device=u.device).unsqueeze(1)
@@ -125,8 +122,7 @@ class Joint(LocalProblem):
         metric = torch.zeros_like(H)
         grams = gate_grams(loss, self.gates)[self.place] * (smoothness * v.square().sum(1)).view(r, 1, 1)
         metric[where[:, :p].unsqueeze(2), where[:, :p].unsqueeze(1)] = grams
-        sizes = smoothness * (loss.weights.unsqueeze(1) * hidden.square()).sum(0)
-        metric.diagonal()[r * p : r * (p + q)] += sizes.repeat_interleave(q)
+        metric.diagonal()[r * p : r * (p + q)] += smoothness * self._energies(columns).flatten()
         metric.diagonal()[: r * (p + q)] += beta
         metric.diagonal()[r * (p + q) :] += smoothness * float(loss.weights.sum())
         return Dense(H, metric)

@@ -9,6 +9,7 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.factored import FactoredLoss
+from cvxnn.operators import Operator
 from cvxnn.problem import Problem
 from cvxnn.solvers.burer_monteiro.curvatures import Curvature
 from cvxnn.solvers.burer_monteiro.grams import WhitenedGrams
@@ -17,6 +18,8 @@ __all__ = [
     "CG_LIMIT",
     "LocalProblem",
     "absolute_blocks",
+    "block_slopes",
+    "jacobian",
     "selected_features",
     "violated",
 ]
@@ -86,12 +89,40 @@ class LocalProblem(ABC):
 
 
 def selected_features(loss: FactoredLoss, gate: torch.Tensor) -> torch.Tensor:
-    """D_k X for the gate of each column, (n, r, p): the activations of unit vectors."""
+    """D_k X for the gate of each column, (n, r, p, w): the hidden outputs of unit vectors."""
     op = loss.op
     p = op.block_shape[1]
     units = torch.eye(p, dtype=op.dtype, device=gate.device)
     every = gate.repeat_interleave(p)
-    return op.hidden(every, units.repeat(len(gate), 1), slice(0, op.n_samples)).view(-1, len(gate), p)
+    return op.hidden(every, units.repeat(len(gate), 1), slice(0, op.n_samples)).view(-1, len(gate), p, op.width)
+
+
+def block_slopes(op: Operator, Phi: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Blocks A_k*(gradient) (k, p, q) of the gates whose features are Phi (n, k, p, w)."""
+    products = torch.einsum("nkpw,nc->kpwc", Phi, gradient)
+    return op.merge_right(products.reshape(-1, products.shape[3])).view(*products.shape[:2], -1)
+
+
+def jacobian(op: Operator, Phi: torch.Tensor, hidden: torch.Tensor, v: torch.Tensor, bias: bool) -> torch.Tensor:
+    """Derivatives of the predictions (n, c) in the columns and, where there is one, the intercept: (N, n, c).
+
+    Parameters
+    ----------
+    Phi : torch.Tensor of shape (n, r, p, w)
+    hidden : torch.Tensor of shape (n, r w)
+    v : torch.Tensor of shape (r, q)
+    bias : bool
+    """
+    (n, r, p, w), q = Phi.shape, v.shape[1]
+    c = q // w
+    units = torch.eye(q, dtype=v.dtype, device=v.device)
+    J = v.new_zeros(r * (p + q) + (c if bias else 0), n, c)
+    J[: r * p] = torch.einsum("nrpw,rwc->rpnc", Phi, op.split_right(v).view(r, w, c)).reshape(r * p, n, c)
+    right = torch.einsum("nrw,qwc->rqnc", hidden.view(n, r, w), op.split_right(units).view(q, w, c))
+    J[r * p : r * (p + q)] = right.reshape(r * q, n, c)
+    if bias:
+        J[r * (p + q) :] = units[:c, :c].unsqueeze(1)
+    return J
 
 
 def absolute_blocks(blocks: torch.Tensor) -> torch.Tensor:
