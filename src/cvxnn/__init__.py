@@ -7,7 +7,8 @@ from cvxnn.diagnosis import Diagnosis, diagnose
 from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
-from cvxnn.problem import Problem, mlp_problem
+from cvxnn.problem import Problem
+from cvxnn.problems import cnn_problem, mlp_problem
 from cvxnn.relaxation import ReluDecomposition, gated_relaxation, to_relu
 from cvxnn.solvers import Result, path, solve
 from cvxnn.storage import load, save
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "certify",
     "certify_network",
+    "cnn_problem",
     "diagnose",
     "export_onnx",
     "gated_relaxation",

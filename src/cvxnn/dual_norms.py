@@ -116,7 +116,7 @@ def price_cones(
     count = 0
     cheap = bounds_are_cheap(op, cones)
     deadline = math.inf if seconds is None or cheap else time.perf_counter() + seconds
-    first = len(order) if op.n_outputs == 1 and len(order) < _FEW_GATES else _FIRST_ROUND
+    first = len(order) if op.block_shape[2] == 1 and len(order) < _FEW_GATES else _FIRST_ROUND
     for part in _rounds(len(order), first if cheap else 4):
         gates = order[part]
         level = float(lower.max()) * (1 + _DECIDED) if above is None else above
@@ -150,7 +150,7 @@ def blocks_of(op: Operator, nu: torch.Tensor, gates: torch.Tensor) -> torch.Tens
 
 def bounds_are_cheap(op: Operator, cones: Cones) -> bool:
     """Whether the dual norms of cones have closed forms or are projections: one output, or rank two."""
-    if op.n_outputs == 1 or cones.n_features <= 2 or len(cones.rows) == 0:
+    if op.block_shape[2] == 1 or cones.n_features <= 2 or len(cones.rows) == 0:
         return True
     return int(torch.linalg.matrix_rank(cones.rows)) <= 2
 

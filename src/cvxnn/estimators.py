@@ -14,7 +14,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from cvxnn.certificates import Certificate
 from cvxnn.errors import CertificationWarning, InvalidInputError
 from cvxnn.networks import TwoLayerNetwork
-from cvxnn.problem import Problem, mlp_problem
+from cvxnn.problem import Problem
+from cvxnn.problems import mlp_problem
 from cvxnn.samples import merge_duplicates
 from cvxnn.solvers import Result, solve
 from cvxnn.validation import check_sample_weight

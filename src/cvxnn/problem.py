@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,31 +11,19 @@ import torch
 from cvxnn.cones import Cones
 from cvxnn.dual_norms import gate_dual_norms
 from cvxnn.errors import InvalidInputError, UnsupportedError
-from cvxnn.gates import choose_gates
-from cvxnn.losses import Loss, get_loss
-from cvxnn.norms import MatrixNorm, get_norm
-from cvxnn.operators import MLPOperator, Operator
-from cvxnn.validation import (
-    as_matrix,
-    check_choice,
-    check_flag,
-    check_positive,
-    check_range,
-    check_sample_weight,
-    encode_targets,
-    resolve_device,
-    resolve_dtype,
-)
+from cvxnn.losses import Loss
+from cvxnn.norms import MatrixNorm
+from cvxnn.operators import Operator
+from cvxnn.validation import check_positive
 
-__all__ = ["ACTIVATIONS", "Problem", "mlp_problem"]
-
-ACTIVATIONS = ("linear", "gated_relu", "relu")
+__all__ = ["Problem"]
 
 
 class Problem:
     """minimise over Z and b:  F(A(Z) + 1 b^T) + beta * sum_k ||Z_k||_D.
 
-    Build one with :func:`cvxnn.mlp_problem`. The intercept b is there with ``output_bias`` only.
+    Build one with :func:`cvxnn.mlp_problem` or :func:`cvxnn.cnn_problem`. The intercept b is there with
+    ``output_bias`` only.
 
     Attributes
     ----------
@@ -204,157 +190,3 @@ class Problem:
             raise InvalidInputError("an intercept is given, but the problem has output_bias=False")
         value = self.loss.value(predictions + offset, self.Y64, self.weights)
         return float(value + self.beta * self.norm.value(Z)[1].sum())
-
-
-def _without_copy(data: np.ndarray) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # torch warns of arrays that cannot be written to; nothing writes to the data.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(data)
-
-
-def mlp_problem(
-    X: Any,
-    Y: Any,
-    *,
-    activation: str = "gated_relu",
-    gates: Any = None,
-    n_gates: int = 100,
-    beta: float = 1e-2,
-    loss: str | Loss = "squared",
-    reduction: str = "mean",
-    hidden_bias: bool = False,
-    output_bias: bool = False,
-    norms: tuple[str, str] = ("l2", "l2"),
-    sample_weight: Any = None,
-    gate_sampling: str = "gaussian",
-    gate_quantile: float | None = None,
-    max_cells: int | None = None,
-    random_state: Any = 0,
-    dtype: Any = "float64",
-    device: Any = "cpu",
-) -> Problem:
-    """The training problem of a two-layer perceptron in convex form (equations (2), (3) and (5)).
-
-    Parameters
-    ----------
-    X : array-like of shape (n, d)
-        Data, NumPy or torch (or a data frame of numbers). A float64 ``numpy.memmap`` is not copied with
-        ``dtype="float64"`` and without `hidden_bias`: rows are read when they are needed.
-    Y : array-like of shape (n,) or (n, c)
-        1-D integers or strings are class labels (one-hot, one column per class); 1-D floats are one
-        regression output; 2-D is taken as it is.
-    activation : {"linear", "gated_relu", "relu"}
-        "linear" has one block and no gates. With "relu" the columns of U_k are constrained to the cone
-        (2 D_k - I) X u >= 0 (19), and solutions are plain ReLU networks.
-    gates : array-like of shape (d, P), "enumerate" or None
-        Gate vectors, kept in order and number; "enumerate" takes one for every open cell of the
-        arrangement (small rank only), for ReLU all that its neurons can have; None draws `n_gates`. With
-        `hidden_bias` a gate has d + 1 entries.
-    n_gates : int
-        Number of draws; equal patterns are merged and patterns without an active sample dropped.
-    beta : float
-        Regularisation, never rescaled: beta for "mean" is beta for "sum" divided by n.
-    loss : {"squared", "cross_entropy", "huber", "logistic"} or Loss
-        "squared" is 1/2 ||.||^2.
-    reduction : {"mean", "sum"}
-        "sum" adds the losses of samples and outputs, "mean" divides that by n (never by c).
-    hidden_bias : bool
-        Append a column of ones to X, seen by the gates and penalised.
-    output_bias : bool
-        An intercept per output, unpenalised and minimised out.
-    norms : pair of {"l1", "l2", "linf"}
-        Norm of the columns of the left factor, and of the right factor (Lemma 3.1); l2 with l2 for ReLU.
-    sample_weight : array-like of shape (n,), optional
-        Non-negative weights; with "mean" the losses are divided by their sum.
-    gate_sampling : {"gaussian", "differences", "whitened"}
-        How gates are drawn: normal vectors, differences of pairs of samples, or whitened samples.
-    gate_quantile : float in (0, 1), optional
-        Threshold of drawn gates: each is active on a fraction 1 - quantile of the samples; needs
-        `hidden_bias`.
-    max_cells : int, optional
-        Limit of "enumerate"; more cells are refused.
-    random_state : int, RandomState or None
-    dtype : {"float64", "float32"}
-        Working type of the solvers. The data are rounded to it once; certificates are computed in
-        float64 for exactly the rounded data.
-    device : str
-        "cpu", "cuda" or "auto".
-
-    Returns
-    -------
-    Problem
-
-    Raises
-    ------
-    InvalidInputError
-        Wrong shapes or values, NaN or infinities, only one class.
-    UnsupportedError
-        Too many cells to enumerate, or norms that ReLU is not available for.
-
-    Examples
-    --------
-    >>> import cvxnn
-    >>> from sklearn.datasets import load_wine
-    >>> X, y = load_wine(return_X_y=True)
-    >>> problem = cvxnn.mlp_problem((X - X.mean(0)) / X.std(0), y, n_gates=20, beta=1e-2)
-    >>> cvxnn.solve(problem, tol=1e-4).status
-    'certified'
-    """
-    check_choice(activation, "activation", ACTIVATIONS)
-    check_choice(reduction, "reduction", ("mean", "sum"))
-    hidden_bias, output_bias = check_flag(hidden_bias, "hidden_bias"), check_flag(output_bias, "output_bias")
-    beta = check_positive(beta, "beta")
-    loss_object, norm = get_loss(loss), get_norm(norms)
-    if activation == "relu" and norm.name != "nuclear":
-        raise UnsupportedError(f"norms is {tuple(norms)!r}; ReLU problems are there for ('l2', 'l2') only")
-    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
-
-    data = as_matrix(X, "X")
-    targets, classes = encode_targets(Y, len(data))
-    sample_weights = check_sample_weight(sample_weight, len(data))
-    if hidden_bias:
-        data = np.hstack([data, np.ones((len(data), 1))])
-    # A memory-mapped array in the type of the problem stays where it is.
-    mapped = isinstance(X, np.memmap) and not hidden_bias and torch_dtype == torch.float64
-    tensor = _without_copy(data) if mapped else torch.tensor(data, dtype=torch_dtype)
-    Y_tensor = torch.tensor(targets, dtype=torch_dtype)
-    check_range(tensor, "X")
-    check_range(Y_tensor, "Y", squares_count=True)
-    loss_object.check_targets(Y_tensor)
-
-    gate_vectors = pattern_tensor = None
-    scope = "linear_network"
-    if activation != "linear":
-        gate_vectors, bits, scope = choose_gates(
-            tensor.double().numpy(),
-            gates,
-            n_gates,
-            hidden_bias,
-            gate_sampling,
-            gate_quantile,
-            max_cells,
-            random_state,
-        )
-        pattern_tensor = torch.from_numpy(bits).to(torch_device)
-        if activation == "relu" and scope == "all_gates":
-            # By continuity the patterns of the boundaries of cells add nothing: these are all neurons.
-            scope = "relu_network"
-    elif gates is not None:
-        raise InvalidInputError("gates are given but activation is 'linear', which has none; leave gates=None")
-
-    total = sample_weights.sum() if reduction == "mean" else 1.0
-    operator = MLPOperator(tensor.to(torch_device), targets.shape[1], gate_vectors, pattern_tensor, activation)
-    return Problem(
-        operator,
-        Y_tensor.to(torch_device),
-        loss=loss_object,
-        norm=norm,
-        beta=beta,
-        weights=torch.from_numpy(sample_weights / total).to(torch_device),
-        reduction=reduction,
-        scope=scope,
-        output_bias=output_bias,
-        hidden_bias=hidden_bias,
-        classes=classes,
-    )

@@ -12,10 +12,12 @@ import torch
 from cvxnn.errors import InvalidInputError
 
 __all__ = [
+    "as_images",
     "as_matrix",
     "check_choice",
     "check_flag",
     "check_integer",
+    "check_pair",
     "check_positive",
     "check_range",
     "check_sample_weight",
@@ -47,6 +49,15 @@ def check_integer(value: Any, name: str, *, minimum: int = 1, allow_none: bool =
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
         raise InvalidInputError(f"{name} is {value!r}; an integer of at least {minimum} is wanted")
     return int(value)
+
+
+def check_pair(value: Any, name: str, minimum: int) -> tuple[int, int]:
+    """Return an int, or a pair of them, as a pair of ints of at least `minimum`."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    whole = all(isinstance(part, Integral) and not isinstance(part, bool) for part in pair)
+    if len(pair) != 2 or not whole or min(pair) < minimum:
+        raise InvalidInputError(f"{name} is {value!r}; an integer of at least {minimum}, or a pair of them, is wanted")
+    return int(pair[0]), int(pair[1])
 
 
 def check_flag(value: Any, name: str) -> bool:
@@ -122,6 +133,25 @@ def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray
     if not all_finite(array):
         kind = "NaN" if np.isnan(array).any() else "infinity"
         raise InvalidInputError(f"{name} contains {kind}; finite numbers are wanted")
+    return np.ascontiguousarray(array)
+
+
+def as_images(value: Any, name: str) -> np.ndarray:
+    """Return `value` as finite numbers (n, channels, H, W), in its own type where torch has it."""
+    try:
+        array = _to_numpy(value)
+        if array.dtype.kind == "c":
+            raise InvalidInputError(f"{name} is complex; real numbers are wanted")
+        if array.dtype not in (np.uint8, np.float32, np.float64):
+            array = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(f"{name} cannot be read as an array of numbers: {error}") from error
+    if array.ndim != 4 or min(array.shape) == 0:
+        raise InvalidInputError(f"{name} has shape {array.shape}; (n, channels, height, width) is wanted")
+    if not all_finite(array):
+        raise InvalidInputError(f"{name} contains NaN or infinity; finite numbers are wanted")
     return np.ascontiguousarray(array)
 
 

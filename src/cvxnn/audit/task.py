@@ -15,7 +15,8 @@ from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.networks import TwoLayerNetwork
 from cvxnn.patterns import activation_patterns
-from cvxnn.problem import Problem, mlp_problem
+from cvxnn.problem import Problem
+from cvxnn.problems import mlp_problem
 
 __all__ = ["Point", "Task", "first_point", "make_task"]
 

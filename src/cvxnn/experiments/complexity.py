@@ -14,7 +14,8 @@ import numpy as np
 
 from cvxnn.errors import InvalidInputError
 from cvxnn.experiments.sweep import run_sweep
-from cvxnn.problem import Problem, mlp_problem
+from cvxnn.problem import Problem
+from cvxnn.problems import mlp_problem
 from cvxnn.solvers.base import Solver, make_options
 from cvxnn.solvers.burer_monteiro import BmProjectedGd
 from cvxnn.solvers.frank_wolfe import FrankWolfe

@@ -16,7 +16,8 @@ from cvxnn.datasets import spiral
 from cvxnn.experiments.networks_audit import Audit, Limits, audit_network
 from cvxnn.experiments.networks_training import OPTIMIZERS, Batch, initial_weights, train_batch
 from cvxnn.experiments.sweep import run_sweep
-from cvxnn.problem import Problem, mlp_problem
+from cvxnn.problem import Problem
+from cvxnn.problems import mlp_problem
 from cvxnn.solvers import solve
 
 __all__ = [

@@ -19,7 +19,8 @@ from cvxnn.diagnosis import diagnose
 from cvxnn.errors import CvxnnError, UnsupportedError
 from cvxnn.experiments.stationary import nearby_stationary_point
 from cvxnn.experiments.sweep import run_sweep
-from cvxnn.problem import Problem, mlp_problem
+from cvxnn.problem import Problem
+from cvxnn.problems import mlp_problem
 from cvxnn.solvers import Result, solve
 from cvxnn.validation import check_choice
 

@@ -18,9 +18,9 @@ BATCH_BYTES = 16 * 2**20
 BLOCK_BYTES = 2 * 2**20
 
 
-def row_batches(n_rows: int, bytes_per_row: int) -> list[slice]:
-    """Split rows into slices whose temporaries stay within `BATCH_BYTES`."""
-    size = max(1, min(n_rows, BATCH_BYTES // max(1, bytes_per_row)))
+def row_batches(n_rows: int, bytes_per_row: int, limit: int = BATCH_BYTES) -> list[slice]:
+    """Split rows into slices whose temporaries stay within a limit in bytes."""
+    size = max(1, min(n_rows, limit // max(1, bytes_per_row)))
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 

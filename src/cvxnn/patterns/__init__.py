@@ -1,14 +1,17 @@
 """Gates and the activation patterns they make: sampling, enumeration, removal of duplicates."""
 
 from cvxnn.patterns.activation import activation_patterns, deduplicate_gates
+from cvxnn.patterns.bits import PatchBits, patch_bits
 from cvxnn.patterns.enumeration import DEFAULT_MAX_CELLS, count_cells_bound, enumerate_gates
 from cvxnn.patterns.sampling import sample_gates
 
 __all__ = [
     "DEFAULT_MAX_CELLS",
+    "PatchBits",
     "activation_patterns",
     "count_cells_bound",
     "deduplicate_gates",
     "enumerate_gates",
+    "patch_bits",
     "sample_gates",
 ]

@@ -76,8 +76,8 @@ class InteriorPoint(Solver):
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
-        if problem.cones is not None and problem.Y.shape[1] > 1:
-            return f"the ReLU program is convex in vectors for one output only, and Y has {problem.Y.shape[1]}"
+        if problem.cones is not None and (q := problem.operator.block_shape[2]) > 1:
+            return f"the ReLU program is convex in vectors for one output (and pooling cell) only, and there are {q}"
         if not problem.norm.exact and min(problem.operator.block_shape[1:]) > 1:
             return f"it needs a norm with a closed form, and {problem.norm.name} has none; use 'frank_wolfe'"
         if importlib.util.find_spec("cvxpy") is None:

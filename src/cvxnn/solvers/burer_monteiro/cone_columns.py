@@ -194,7 +194,7 @@ def fresh_columns(loss: FactoredLoss, point: ConePoint, neurons: Neurons) -> Con
     along what is best for each of them alone.
     """
     beta, columns = loss.problem.beta, point.columns
-    curvature = loss.energies(neurons.gate, neurons.u).view(len(neurons), -1).sum(1)
+    curvature = loss.energies(neurons.gate, neurons.u).view(len(neurons), loss.op.width).sum(1)
     curvature = (loss.problem.loss.smoothness * curvature).clamp_min(1e-300)
     mass = (neurons.lower - beta).clamp_min(0) / curvature
     best, length = None, 1.0

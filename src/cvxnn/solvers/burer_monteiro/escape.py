@@ -97,7 +97,7 @@ def new_columns(problem: Problem, loss: FactoredLoss, found: Violation, present:
     pairs = found.pairs
     if len(pairs) == 0:
         return pairs
-    curvature = loss.energies(pairs.gate, pairs.u).view(len(pairs), -1).sum(1)
+    curvature = loss.energies(pairs.gate, pairs.u).view(len(pairs), loss.op.width).sum(1)
     curvature = (problem.loss.smoothness * curvature).clamp_min(1e-300)
     size = (found.values - problem.beta) / curvature / math.sqrt(len(pairs))
     if len(present):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cvxnn.factored import FactoredLoss
+from cvxnn.operators.gate_groups import GateGroups
 
 __all__ = ["MAX_ENTRIES", "GramColumns", "WhitenedGrams", "gate_grams"]
 
@@ -51,24 +52,17 @@ class GramColumns:
     """The blocks of a list of columns, those of one gate side by side, so that one batched product serves all."""
 
     def __init__(self, grams: WhitenedGrams, gate: torch.Tensor, scale: torch.Tensor) -> None:
-        self.gates, self.place = torch.unique(gate, return_inverse=True)
-        order = torch.argsort(self.place, stable=True)
-        counts = torch.bincount(self.place, minlength=len(self.gates))
-        self.slot = torch.empty_like(self.place)
-        starts = counts.cumsum(0) - counts
-        self.slot[order] = torch.arange(len(gate), device=gate.device) - starts[self.place[order]]
-        self.width = int(counts.max()) if len(gate) else 0
-        every = len(self.gates) == len(grams.values)
-        self.vectors = grams.vectors if every or grams.vectors is None else grams.vectors[self.gates]
+        self.groups = groups = GateGroups(gate)
+        whole = grams.vectors is None or not groups.some_of(len(grams.values))
+        self.vectors = grams.vectors if whole or grams.vectors is None else grams.vectors[groups.gates]
         self.values = scale.unsqueeze(1) * grams.values[gate]
 
     def _rotate(self, u: torch.Tensor, back: bool = False) -> torch.Tensor:
         """u_j^T Q_k, or with Q_k^T."""
         if self.vectors is None:
             return u
-        full = u.new_zeros(len(self.gates), self.width, u.shape[1])
-        full[self.place, self.slot] = u
-        return torch.bmm(full, self.vectors.mT if back else self.vectors)[self.place, self.slot]
+        vectors = self.vectors.mT if back else self.vectors
+        return self.groups.gather(torch.bmm(self.groups.spread(u), vectors))
 
     def power(self, u: torch.Tensor, shift: float, exponent: float, times: float = 1.0) -> torch.Tensor:
         """(times s_j gram + shift I)^exponent u_j."""

@@ -1,0 +1,107 @@
+"""The gates of a CNN: given, drawn or enumerated on the patches of all images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
+
+from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.gates import choose_gates, draw_gates
+from cvxnn.operators import PatchGeometry
+from cvxnn.operators.base import row_batches
+from cvxnn.patterns import PatchBits, patch_bits
+from cvxnn.patterns.activation import pack_columns
+
+__all__ = ["choose_patch_gates"]
+
+#: Up to so many patches are looked at together; of more, so many are drawn to sample gates from.
+_PATCHES = 2**17
+_IMAGES = 4096
+_BATCH_BYTES = 2**27
+
+
+def choose_patch_gates(
+    images: torch.Tensor,
+    geometry: PatchGeometry,
+    gates: Any,
+    n_gates: int,
+    gate_sampling: str,
+    gate_quantile: float | None,
+    max_cells: int | None,
+    random_state: Any,
+) -> tuple[np.ndarray, PatchBits, str]:
+    """Gate vectors (h, P), their patterns on all patches, and the scope that they give.
+
+    Parameters
+    ----------
+    images : torch.Tensor of shape (n, channels, H, W)
+
+    Notes
+    -----
+    Where there are more than 131,072 patches, so many are drawn at random for what sampling takes from the data
+    (whitening, differences, quantiles).
+    """
+    n = len(images)
+    n_patches = int(np.prod(geometry.grid(*images.shape[2:])))
+
+    def patches(rows: Any) -> torch.Tensor:
+        return geometry(images[rows].double())
+
+    options: Any = (gate_sampling, gate_quantile, max_cells, random_state)
+    if n * n_patches <= _PATCHES:
+        X = patches(slice(None)).flatten(0, 1).cpu().numpy()
+        found, plain, scope = choose_gates(X, gates, n_gates, geometry.bias, *options)
+        data = torch.from_numpy(plain).view(n, n_patches, -1).to(images.device)
+        return found, PatchBits(data, found.shape[1]), scope
+    if isinstance(gates, str):
+        raise UnsupportedError(
+            f"gates is {gates!r} and the images have {n * n_patches} patches; all patterns are enumerated for at most "
+            f"{_PATCHES} patches"
+        )
+    sample = _drawn_patches(images, geometry, n_patches, random_state) if gates is None else patches(slice(0, 1))[0]
+    found, scope = draw_gates(sample.cpu().numpy(), gates, n_gates, geometry.bias, *options)
+    vectors = torch.from_numpy(found).to(images.device)
+    size = 8 * n_patches * (2 * geometry.length(images.shape[1]) + 2 * found.shape[1])
+    batches = row_batches(n, size, _BATCH_BYTES)
+    bits = patch_bits(n, patches, vectors, batches[0].stop)
+    if gates is not None:
+        return found, bits, scope
+    kept = _distinct(bits, patches, batches)
+    if len(kept) == found.shape[1]:
+        return found, bits, scope
+    if len(kept) == 0:
+        raise InvalidInputError(f"none of the {found.shape[1]} gates is active on any patch; draw more gates")
+    return np.ascontiguousarray(found[:, kept]), bits.select(torch.from_numpy(kept).to(images.device)), scope
+
+
+def _drawn_patches(images: torch.Tensor, geometry: PatchGeometry, n_patches: int, random_state: Any) -> torch.Tensor:
+    """Patches at random positions of random images."""
+    seed = random_state if isinstance(random_state, (int, np.integer)) else None
+    rng = np.random.default_rng(check_random_state(seed).randint(2**31))
+    chosen = np.sort(rng.permutation(len(images))[:_IMAGES])
+    each = min(n_patches, -(-_PATCHES // len(chosen)))
+    parts = []
+    for part in np.array_split(chosen, -(-len(chosen) // 256)):
+        rows = geometry(images[torch.from_numpy(part).to(images.device)].double())
+        place = torch.from_numpy(rng.random((len(part), n_patches)).argsort(1)[:, :each]).to(images.device)
+        parts.append(torch.gather(rows, 1, place.unsqueeze(2).expand(-1, -1, rows.shape[2])).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def _distinct(bits: PatchBits, patches: Any, batches: list[slice]) -> np.ndarray:
+    """The first gate of every distinct pattern, without empty ones; patches that are zero tell none apart."""
+    label = np.zeros(bits.n_gates, dtype=np.int64)
+    active = np.zeros(bits.n_gates, dtype=bool)
+    for rows in batches:
+        informative = patches(rows).flatten(0, 1).any(1)
+        seen = bits.rows(rows).flatten(0, 1)[informative].cpu().numpy()
+        active |= seen.any(0)
+        keys = zip(label.tolist(), pack_columns(seen), strict=True)
+        names: dict[tuple[int, bytes], int] = {}
+        label = np.array([names.setdefault(key, k) for k, key in enumerate(keys)])
+        if active.all() and len(names) == bits.n_gates:
+            break
+    return np.array([k for k in range(bits.n_gates) if label[k] == k and active[k]], dtype=np.int64)

@@ -1,0 +1,122 @@
+"""What the problems of all architectures share: targets, loss, penalty, weights, types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.losses import Loss, get_loss
+from cvxnn.norms import MatrixNorm, get_norm
+from cvxnn.operators import Operator
+from cvxnn.problem import Problem
+from cvxnn.validation import (
+    check_choice,
+    check_flag,
+    check_positive,
+    check_range,
+    check_sample_weight,
+    encode_targets,
+    resolve_device,
+    resolve_dtype,
+)
+
+__all__ = ["ACTIVATIONS", "Task", "read_task"]
+
+ACTIVATIONS = ("linear", "gated_relu", "relu")
+
+
+@dataclass
+class Task:
+    """A problem without its data and gates, checked."""
+
+    activation: str
+    beta: float
+    loss: Loss
+    norm: MatrixNorm
+    reduction: str
+    hidden_bias: bool
+    output_bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    Y: Any
+    sample_weight: Any
+
+    def check_samples(self, n: int) -> None:
+        """Read targets and weights for n samples."""
+        targets, self.classes = encode_targets(self.Y, n)
+        self.sample_weight = check_sample_weight(self.sample_weight, n)
+        self.Y = torch.tensor(targets, dtype=self.dtype)
+        check_range(self.Y, "Y", squares_count=True)
+        self.loss.check_targets(self.Y)
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of outputs c."""
+        return self.Y.shape[1]
+
+    def gated(self, gates: Any) -> bool:
+        """Whether there are gates; a linear network that is given some is refused."""
+        if self.activation != "linear":
+            return True
+        if gates is not None:
+            raise InvalidInputError("gates are given but activation is 'linear', which has none; leave gates=None")
+        return False
+
+    def problem(self, operator: Operator, scope: str) -> Problem:
+        """The problem of an operator on the samples."""
+        if self.activation == "relu" and scope == "all_gates":
+            # By continuity the patterns of the boundaries of cells add nothing: these are all neurons.
+            scope = "relu_network"
+        total = self.sample_weight.sum() if self.reduction == "mean" else 1.0
+        return Problem(
+            operator,
+            self.Y.to(self.device),
+            loss=self.loss,
+            norm=self.norm,
+            beta=self.beta,
+            weights=torch.from_numpy(self.sample_weight / total).to(self.device),
+            reduction=self.reduction,
+            scope=scope,
+            output_bias=self.output_bias,
+            hidden_bias=self.hidden_bias,
+            classes=self.classes,
+        )
+
+
+def read_task(
+    Y: Any,
+    activation: str,
+    beta: float,
+    loss: str | Loss,
+    reduction: str,
+    norms: tuple[str, str],
+    sample_weight: Any,
+    hidden_bias: bool,
+    output_bias: bool,
+    dtype: Any,
+    device: Any,
+) -> Task:
+    """Check what does not depend on the data; parameters and errors as for :func:`cvxnn.mlp_problem`."""
+    check_choice(activation, "activation", ACTIVATIONS)
+    check_choice(reduction, "reduction", ("mean", "sum"))
+    hidden_bias, output_bias = check_flag(hidden_bias, "hidden_bias"), check_flag(output_bias, "output_bias")
+    beta = check_positive(beta, "beta")
+    norm = get_norm(norms)
+    if activation == "relu" and norm.name != "nuclear":
+        raise UnsupportedError(f"norms is {tuple(norms)!r}; ReLU problems are there for ('l2', 'l2') only")
+    return Task(
+        activation,
+        beta,
+        get_loss(loss),
+        norm,
+        reduction,
+        hidden_bias,
+        output_bias,
+        resolve_dtype(dtype),
+        resolve_device(device),
+        Y,
+        sample_weight,
+    )
