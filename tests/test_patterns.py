@@ -382,8 +382,8 @@ def test_inconsistent_intersections_raise():
 
 
 def test_gates_on_a_hyperplane_are_never_returned(monkeypatch):
-    def careless(normals, tolerances):
-        points = cell_points(normals, tolerances)
+    def careless(normals, *others):
+        points = cell_points(normals, *others)
         points[:, 0] -= normals[0] * (normals[0] @ points[:, 0])
         return points
 

@@ -14,6 +14,7 @@ from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Loss
 from cvxnn.norms import MatrixNorm
 from cvxnn.operators import Operator
+from cvxnn.patterns import Coverage
 from cvxnn.validation import check_positive
 
 __all__ = ["Problem"]
@@ -38,6 +39,8 @@ class Problem:
     output_bias, hidden_bias : bool
     scope : str
         What a certificate of this problem is relative to.
+    coverage : Coverage or None
+        What the neurons of ReLU patterns that are not listed can add to dual norms.
     classes : numpy.ndarray or None
         Class labels in the order of the output columns, where Y was labels.
     """
@@ -56,6 +59,7 @@ class Problem:
         output_bias: bool = False,
         hidden_bias: bool = False,
         classes: np.ndarray | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
         self.operator = operator
         self.Y = Y
@@ -68,6 +72,7 @@ class Problem:
         self.output_bias = output_bias
         self.hidden_bias = hidden_bias
         self.classes = classes
+        self.coverage = coverage
 
     def __repr__(self) -> str:
         n, c = self.Y.shape
@@ -115,10 +120,17 @@ class Problem:
 
     @cached_property
     def cones(self) -> Cones | None:
-        """The cones {u : (2 D_k - I) X u >= 0} of the columns of a ReLU problem (19); None for the others."""
+        """The cones {u : (2 D_k - I) X u >= 0} of the columns of a ReLU problem (19); None for the others.
+
+        Of rows that are equal up to scale and rounding only one bounds them, where there is a `coverage`.
+        """
         if self.activation != "relu":
             return None
-        return Cones(*self.operator.double().cone_rows, self.gates)
+        rows, patterns = self.operator.double().cone_rows
+        if self.coverage is not None:
+            kept = torch.from_numpy(self.coverage.rows).to(rows.device)
+            rows, patterns = rows[kept], patterns[kept]
+        return Cones(rows, patterns, self.gates)
 
     @cached_property
     def Y64(self) -> torch.Tensor:
@@ -143,9 +155,14 @@ class Problem:
         """Rigorous bounds (P,) of the dual norm of each block of A*(nu), known up to a Frobenius error.
 
         For ReLU the norms are maxima over the cones, and only the largest upper bound is made tight: within about
-        `seconds`, where there are several outputs and the rank is above two.
+        `seconds`, where there are several outputs and the rank is above two. What a `coverage` allows for the
+        neurons of patterns that are not listed is in all upper bounds.
         """
-        return gate_dual_norms(self.operator.double(), self.norm, self.cones, nu, error, seconds)
+        lower, upper = gate_dual_norms(self.operator.double(), self.norm, self.cones, nu, error, seconds)
+        if self.coverage is None:
+            return lower, upper
+        missed = self.coverage.allowance(self.operator.double().row_sizes(nu).cpu().numpy())
+        return (lower - missed).clamp_min(0), upper * self.coverage.growth + missed
 
     @cached_property
     def beta_max(self) -> float:

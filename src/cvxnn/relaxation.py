@@ -214,7 +214,8 @@ def _with_activation(problem: Problem, activation: str, scopes: dict[str, str]) 
         beta=problem.beta,
         weights=problem.weights,
         reduction=problem.reduction,
-        scope=scopes.get(problem.scope, problem.scope),
+        # A list that is complete for ReLU neurons up to a coverage need not be one of all patterns.
+        scope=scopes.get(problem.scope, problem.scope) if problem.coverage is None else "given_gates",
         output_bias=problem.output_bias,
         hidden_bias=problem.hidden_bias,
         classes=problem.classes,

@@ -102,7 +102,7 @@ def _extra_gates(task: Task, gates: Any, random_state: Any) -> tuple[torch.Tenso
     if isinstance(gates, str):
         found = task.enumerated.gates
         assert found is not None
-        return found, "all_gates"
+        return found, task.enumerated.scope
     X = task.X.numpy()
     if isinstance(gates, int):
         check_integer(gates, "gates")
@@ -124,9 +124,10 @@ def _joined(task: Task, own: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
 
 
 def _enumerated(task: Task, gates: Any) -> Problem | None:
-    """The problem of all patterns, where these are asked for or few."""
+    """The problem of all patterns, where these are asked for or few, and proven to be all that count."""
     few = isinstance(gates, str) or count_cells_bound(task.X.numpy()) <= MOST_CELLS
-    return task.enumerated if few else None
+    problem = task.enumerated if few else None
+    return problem if problem is not None and problem.scope == "relu_network" else None
 
 
 def all_neurons(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
+from cvxnn.operators.passes import batches_of
+from cvxnn.operators.symmetric import add_product
 
 __all__ = ["Operator", "row_batches"]
 
@@ -18,8 +20,9 @@ BATCH_BYTES = 16 * 2**20
 BLOCK_BYTES = 2 * 2**20
 
 
-def row_batches(n_rows: int, bytes_per_row: int, limit: int = BATCH_BYTES) -> list[slice]:
-    """Split rows into slices whose temporaries stay within a limit in bytes."""
+def row_batches(n_rows: int, bytes_per_row: int, limit: int | None = None) -> list[slice]:
+    """Split rows into slices whose temporaries stay within a limit in bytes, by default `BATCH_BYTES`."""
+    limit = BATCH_BYTES if limit is None else limit
     size = max(1, min(n_rows, limit // max(1, bytes_per_row)))
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
@@ -39,6 +42,8 @@ class Operator(ABC):
     gates: np.ndarray | None
     #: Hidden outputs w of a column: 1 for the MLP, the pooling cells of a CNN.
     width: int = 1
+    #: Whether a pass over the samples takes long, as features are formed again each time.
+    passes_are_dear: bool = False
     dtype: torch.dtype
     device: torch.device
 
@@ -100,6 +105,10 @@ class Operator(ABC):
     @abstractmethod
     def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (N, p) and patterns (N, P) of the cones {u : (2 D_k - I) X u >= 0} of a ReLU problem."""
+
+    @abstractmethod
+    def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
+        """Norms (N,) of the vectors that the rows of the cones are weighed with in A*(nu)."""
 
     @property
     @abstractmethod
@@ -181,8 +190,36 @@ class Operator(ABC):
         """The n x n matrix of A A* for one output (math section 5)."""
 
     @abstractmethod
-    def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """The (P p w) x (P p w) matrix of A* diag(weights) A for one output, in the order of :meth:`flatten`."""
+    def features(self, rows: slice) -> torch.Tensor:
+        """The features (rows, P p w) of one output, in the order of :meth:`flatten`."""
+
+    @abstractmethod
+    def feature_batches(self) -> list[slice]:
+        """Slices of samples whose features are formed at once."""
+
+    def moments(self, weights: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A* diag(weights) A for one output, (F, F), and A* diag(weights) targets, (F, t), in one pass.
+
+        Parameters
+        ----------
+        weights : torch.Tensor of shape (n,)
+            Non-negative.
+        targets : torch.Tensor of shape (n, t)
+            Any number of columns.
+        """
+        G = targets.new_zeros(self.n_features, self.n_features)
+        products = targets.new_zeros(self.n_features, targets.shape[1])
+        root = weights.sqrt().unsqueeze(1)
+        for rows in batches_of(self.feature_batches(), "Gram matrix"):
+            features = self.features(rows) * root[rows]
+            add_product(G, features)
+            products.addmm_(features.T, root[rows] * targets[rows])
+        return G, products
+
+    def gram(self) -> torch.Tensor:
+        """The (F, F) matrix of A* A for one output."""
+        ones = torch.ones(self.n_samples, dtype=self.dtype, device=self.device)
+        return self.moments(ones, ones.new_zeros(self.n_samples, 0))[0]
 
     @abstractmethod
     def predict(self, Z: torch.Tensor, X: np.ndarray) -> torch.Tensor:

@@ -11,8 +11,10 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.operators.base import Operator, row_batches
 from cvxnn.operators.gate_groups import GateGroups
+from cvxnn.operators.passes import batches_of
 from cvxnn.operators.patches import PatchGeometry
 from cvxnn.operators.pooling import Support
+from cvxnn.operators.sources import ImageSource
 from cvxnn.operators.symmetric import add_product
 from cvxnn.patterns import PatchBits, patch_bits
 
@@ -36,7 +38,7 @@ class CNNOperator(Operator):
 
     Parameters
     ----------
-    images : torch.Tensor of shape (n, channels, H, W)
+    images : torch.Tensor or ImageSource of shape (n, channels, H, W)
     n_outputs : int
         Number of outputs c.
     geometry : PatchGeometry
@@ -62,7 +64,7 @@ class CNNOperator(Operator):
 
     def __init__(
         self,
-        images: torch.Tensor,
+        images: torch.Tensor | ImageSource,
         n_outputs: int,
         geometry: PatchGeometry,
         pooling: torch.Tensor,
@@ -74,7 +76,7 @@ class CNNOperator(Operator):
         self.images = images
         self.dtype, self.device = images.dtype, images.device
         self.n_samples, self.n_outputs = len(images), n_outputs
-        self.geometry, self.features = geometry, features
+        self.geometry, self.storage = geometry, features
         self.gates = gates
         self.activation = "linear" if gates is None else activation
         self.pooling = pooling.to(self.device)
@@ -91,7 +93,7 @@ class CNNOperator(Operator):
                 torch.from_numpy(gates).to(self.device),
                 self._batches[0].stop,
             )
-        self._bits = bits
+        self.bits = bits
         self._kept: torch.Tensor | None = None
         self._groups: GateGroups | None = None
 
@@ -103,20 +105,22 @@ class CNNOperator(Operator):
     @property
     def patterns(self) -> torch.Tensor:
         """Patterns (n, K, P), bool; formed in full."""
-        if self._bits is None:
+        if self.bits is None:
             return torch.ones(self.n_samples, self.n_patches, 1, dtype=torch.bool, device=self.device)
-        return self._bits.rows(slice(None))
+        return self.bits.rows(slice(None))
 
     @cached_property
     def _double(self) -> CNNOperator:
-        return self._with(self.images.double(), self.gates, self._bits)
+        return self._with(self.images.double(), self.gates, self.bits)
 
     def double(self) -> CNNOperator:
         return self if self.dtype == torch.float64 else self._double
 
-    def _with(self, images: torch.Tensor, gates: np.ndarray | None, bits: PatchBits | None) -> CNNOperator:
+    def _with(
+        self, images: torch.Tensor | ImageSource, gates: np.ndarray | None, bits: PatchBits | None
+    ) -> CNNOperator:
         return CNNOperator(
-            images, self.n_outputs, self.geometry, self.pooling, gates, bits, self.activation, self.features
+            images, self.n_outputs, self.geometry, self.pooling, gates, bits, self.activation, self.storage
         )
 
     def flatten(self, Z: torch.Tensor) -> torch.Tensor:
@@ -133,14 +137,18 @@ class CNNOperator(Operator):
     def cached(self) -> bool:
         """Whether the pooled patches are kept."""
         size = self.n_samples * self.n_features * self.images.element_size()
-        return self.features == "cached" or (self.features == "auto" and size <= _CACHE_BYTES)
+        return self.storage == "cached" or (self.storage == "auto" and size <= _CACHE_BYTES)
+
+    @property
+    def passes_are_dear(self) -> bool:  # type: ignore[override]
+        return not self.cached
 
     def pooled(self, rows: slice) -> torch.Tensor:
         """Phi of some samples, (rows, a, P, h)."""
         if not self.cached:
             return self._pooled(rows)
         if self._kept is None:
-            self._kept = self.images.new_empty(self.n_samples, self.width, self.n_gates, self.block_shape[1])
+            self._kept = self.images.new_zeros(self.n_samples, self.width, self.n_gates, self.block_shape[1])
             for batch in self._batches:
                 self._kept[batch] = self._pooled(batch)
         return self._kept[rows]
@@ -149,19 +157,21 @@ class CNNOperator(Operator):
         patches = self.geometry(self.images[rows])
         weights = self._support.weights.to(self.dtype).unsqueeze(2)
         weighted = patches[:, self._support.index].mul_(weights)
-        if self._bits is None:
+        if self.bits is None:
             return weighted.sum(2).unsqueeze(2)
-        active = self._bits.rows(rows)[:, self._support.index].to(self.dtype)
+        active = self.bits.rows(rows)[:, self._support.index].to(self.dtype)
         return torch.matmul(active.mT, weighted)
 
     def apply(self, Z: torch.Tensor) -> torch.Tensor:
         weights = self.flatten(Z)
-        return torch.cat([self.pooled(rows).flatten(1) @ weights for rows in self._batches])
+        if not bool(weights.any()):
+            return weights.new_zeros(self.n_samples, self.n_outputs)
+        return torch.cat([self.features(rows) @ weights for rows in batches_of(self._batches, "predictions")])
 
     def adjoint(self, L: torch.Tensor) -> torch.Tensor:
         weights = L.new_zeros(self.n_features, self.n_outputs)
-        for rows in self._batches:
-            weights.addmm_(self.pooled(rows).flatten(1).T, L[rows])
+        for rows in batches_of(self._batches, "gradient"):
+            weights.addmm_(self.features(rows).T, L[rows])
         return self.unflatten(weights)
 
     def gate_batches(self) -> list[slice]:
@@ -214,14 +224,14 @@ class CNNOperator(Operator):
     def _convolved(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
         """Convolution with the filters u_j, gate, pooling."""
         maps = self.geometry(self.images[rows]) @ u.T
-        if self._bits is not None:
-            maps.mul_(self._bits.rows(rows)[:, :, gate])
+        if self.bits is not None:
+            maps.mul_(self.bits.rows(rows)[:, :, gate])
         return torch.matmul(self._pool, maps).mT.flatten(1)
 
     def _convolved_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
         maps = torch.matmul(self._pool.T, M.view(len(M), len(gate), self.width).mT)
-        if self._bits is not None:
-            maps.mul_(self._bits.rows(rows)[:, :, gate])
+        if self.bits is not None:
+            maps.mul_(self.bits.rows(rows)[:, :, gate])
         return maps.flatten(0, 1).T @ self.geometry(self.images[rows]).flatten(0, 1)
 
     def network_outputs(self, columns: Columns) -> torch.Tensor:
@@ -237,7 +247,7 @@ class CNNOperator(Operator):
         return torch.cat(outputs)
 
     def subset(self, rows: torch.Tensor) -> CNNOperator:
-        part = self._with(self.images[rows], self.gates, None if self._bits is None else self._bits.subset(rows))
+        part = self._with(self.images[rows], self.gates, None if self.bits is None else self.bits.subset(rows))
         if self.cached:
             self.pooled(slice(0, 1))
             assert self._kept is not None
@@ -245,10 +255,10 @@ class CNNOperator(Operator):
         return part
 
     def select(self, gates: torch.Tensor) -> CNNOperator:
-        if self.gates is None or self._bits is None:
+        if self.gates is None or self.bits is None:
             return self
         chosen = np.ascontiguousarray(self.gates[:, gates.cpu().numpy()])
-        part = self._with(self.images, chosen, self._bits.select(gates))
+        part = self._with(self.images, chosen, self.bits.select(gates))
         if self._kept is not None:
             part.cached, part._kept = True, self._kept[:, :, gates]
         return part
@@ -265,13 +275,19 @@ class CNNOperator(Operator):
         return float(torch.linalg.vector_norm(self._cell_norms))
 
     @property
+    def _source_rounding(self) -> float:
+        """What two readings of the images can differ by."""
+        return self.images.rounding if isinstance(self.images, ImageSource) else 0.0
+
+    @property
     def _terms(self) -> int:
         """Roundings on the way to an entry of Phi."""
         return self._support.length + 2
 
     def adjoint_rounding(self, L: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
-        return 4 * (self.n_samples + self._terms) * eps * self._norm * float(torch.linalg.vector_norm(L))
+        relative = 4 * (self.n_samples + self._terms) * eps + self._source_rounding
+        return relative * self._norm * float(torch.linalg.vector_norm(L))
 
     @cached_property
     def row_squares(self) -> torch.Tensor:
@@ -282,6 +298,9 @@ class CNNOperator(Operator):
         patches = torch.cat([self.geometry(self.images[rows]) for rows in self._batches])
         return patches.flatten(0, 1), self.patterns.flatten(0, 1)
 
+    def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
+        return torch.outer(nu.norm(dim=1), self.pooling.norm(dim=0)).flatten()
+
     @cached_property
     def prediction_norm(self) -> float:
         h = self.block_shape[1]
@@ -291,7 +310,7 @@ class CNNOperator(Operator):
     def apply_rounding(self, Z: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
         blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
-        return 4 * (self.n_features + self._terms) * eps * self._norm * blocks
+        return (4 * (self.n_features + self._terms) * eps + self._source_rounding) * self._norm * blocks
 
     def kernel(self) -> torch.Tensor:
         K = self.images.new_zeros(self.n_samples, self.n_samples)
@@ -300,24 +319,22 @@ class CNNOperator(Operator):
         for gates in row_batches(self.n_gates, size, 4 * _PATCH_BYTES):
             chosen = torch.arange(self.n_gates, device=self.device)[gates]
             part = self if len(chosen) == self.n_gates else self.select(chosen)
-            add_product(K, torch.cat([part.pooled(rows).flatten(1) for rows in part._batches]).T)
+            add_product(K, torch.cat([part.features(rows) for rows in part._batches]).T)
         return K
 
-    def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        G = self.images.new_zeros(self.n_features, self.n_features)
-        for rows in row_batches(self.n_samples, self._sample_bytes(self.n_gates), 4 * _PATCH_BYTES):
-            features = self.pooled(rows).flatten(1)
-            if weights is not None:
-                features = features * weights[rows].sqrt().unsqueeze(1)
-            add_product(G, features)
-        return G
+    def features(self, rows: slice) -> torch.Tensor:
+        return self.pooled(rows).flatten(1)
+
+    def feature_batches(self) -> list[slice]:
+        return row_batches(self.n_samples, self._sample_bytes(self.n_gates), 4 * _PATCH_BYTES)
 
     def predict(self, Z: torch.Tensor, X: np.ndarray) -> torch.Tensor:
         images = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64)).to(self.device, self.dtype)
         return self._with(images, self.gates, None).apply(Z)
 
     def data_tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.images, self.pooling)
+        images = self.images.tensors() if isinstance(self.images, ImageSource) else (self.images,)
+        return (*images, self.pooling)
 
     def describe(self) -> dict[str, Any]:
         facts = {"architecture": self.architecture, "activation": self.activation}

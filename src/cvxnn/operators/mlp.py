@@ -88,8 +88,8 @@ class MLPOperator(Operator):
     def double(self) -> MLPOperator:
         return self if self.dtype == torch.float64 else self._double
 
-    def _features(self, rows: slice) -> torch.Tensor:
-        """Rows of Phi = [D_1 X, ..., D_P X], shape (rows, P d)."""
+    def features(self, rows: slice) -> torch.Tensor:
+        """Rows of [D_1 X, ..., D_P X], shape (rows, P d)."""
         X = self.X[rows]
         if self._patterns is None:
             return X
@@ -100,7 +100,7 @@ class MLPOperator(Operator):
             return self.X @ Z[0]
         if self._mask_inputs:
             flat = Z.reshape(self.n_features, self.n_outputs)
-            return torch.cat([self._features(rows) @ flat for rows in self._batches])
+            return torch.cat([self.features(rows) @ flat for rows in self._batches])
         flat = Z.permute(1, 0, 2).reshape(self.block_shape[1], -1)
         out = [self._sum_active(self.X[rows] @ flat, rows) for rows in self._batches]
         return out[0] if len(out) == 1 else torch.cat(out)
@@ -119,7 +119,7 @@ class MLPOperator(Operator):
         if self._mask_inputs:
             flat = L.new_zeros(n_gates * d, c)
             for rows in self._batches:
-                flat.addmm_(self._features(rows).T, L[rows])
+                flat.addmm_(self.features(rows).T, L[rows])
             return flat.view(n_gates, d, c)
         flat = L.new_zeros(d, n_gates * c)
         for rows in self._batches:
@@ -204,6 +204,9 @@ class MLPOperator(Operator):
     def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.X, self.patterns
 
+    def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
+        return nu.norm(dim=1)
+
     @cached_property
     def prediction_norm(self) -> float:
         largest = _largest(self.X)
@@ -226,14 +229,8 @@ class MLPOperator(Operator):
                 K[rows] *= self._mask[rows] @ self._mask.T
         return K
 
-    def gram(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        size = self.n_features
-        G = self.X.new_zeros(size, size)
-        for rows in row_batches(self.n_samples, size * self.X.element_size()):
-            features = self._features(rows)
-            weighted = features if weights is None else features * weights[rows].unsqueeze(1)
-            G.addmm_(features.T, weighted)
-        return G
+    def feature_batches(self) -> list[slice]:
+        return row_batches(self.n_samples, self.n_features * self.X.element_size())
 
     def predict(self, Z: torch.Tensor, X: np.ndarray) -> torch.Tensor:
         data = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64)).to(self.device, self.dtype)

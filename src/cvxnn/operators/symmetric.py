@@ -10,8 +10,8 @@ __all__ = ["add_product"]
 _TILE = 2048
 
 
-def add_product(matrix: torch.Tensor, features: torch.Tensor) -> None:
-    """matrix += features^T features, in place; in tiles, the lower triangle mirrored.
+def add_product(matrix: torch.Tensor, features: torch.Tensor, alpha: float = 1.0) -> None:
+    """matrix += alpha features^T features, in place; large ones in tiles, the lower triangle mirrored.
 
     Parameters
     ----------
@@ -21,9 +21,9 @@ def add_product(matrix: torch.Tensor, features: torch.Tensor) -> None:
     """
     size = len(matrix)
     if size <= 2 * _TILE:
-        matrix.addmm_(features.T, features)
+        matrix.addmm_(features.T, features, alpha=alpha)
         return
     for start in range(0, size, _TILE):
         stop = min(start + _TILE, size)
-        matrix[start:stop, start:].addmm_(features[:, start:stop].T, features[:, start:])
+        matrix[start:stop, start:].addmm_(features[:, start:stop].T, features[:, start:], alpha=alpha)
         matrix[stop:, start:stop] = matrix[start:stop, stop:].T

@@ -2,15 +2,18 @@
 
 from cvxnn.patterns.activation import activation_patterns, deduplicate_gates
 from cvxnn.patterns.bits import PatchBits, patch_bits
-from cvxnn.patterns.enumeration import DEFAULT_MAX_CELLS, count_cells_bound, enumerate_gates
+from cvxnn.patterns.coverage import Coverage
+from cvxnn.patterns.enumeration import DEFAULT_MAX_CELLS, count_cells_bound, enumerate_cells, enumerate_gates
 from cvxnn.patterns.sampling import sample_gates
 
 __all__ = [
     "DEFAULT_MAX_CELLS",
+    "Coverage",
     "PatchBits",
     "activation_patterns",
     "count_cells_bound",
     "deduplicate_gates",
+    "enumerate_cells",
     "enumerate_gates",
     "patch_bits",
     "sample_gates",

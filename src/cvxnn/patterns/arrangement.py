@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cvxnn.errors import CvxnnError
 from cvxnn.patterns.activation import pack_columns
+from cvxnn.patterns.concurrency import Concurrences
 
 _Matrix = NDArray[np.float64]
 
@@ -24,7 +25,7 @@ class DegenerateArrangementError(CvxnnError):
     """Hyperplanes too close to a degenerate position for the tolerance."""
 
 
-def cell_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
+def cell_points(normals: _Matrix, tolerances: _Matrix, record: Concurrences | None = None) -> _Matrix:
     """A point inside each cell of the arrangement, one for each two opposite cells.
 
     Parameters
@@ -33,6 +34,8 @@ def cell_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
         Unit normals, no two proportional, of rank r >= 1.
     tolerances : array (N,)
         Uncertainty of each normal's direction.
+    record : Concurrences, optional
+        Gets what was taken for equal.
 
     Returns
     -------
@@ -57,30 +60,40 @@ def cell_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
         return _simplex_points(normals)
     if rank == 2:
         return _planar_points(normals, tolerances)
+    record = Concurrences(np.arange(count)) if record is None else record
     if rank == 3:
-        return _spatial_points(normals, tolerances)
-    return _incremental_points(normals, tolerances)
+        return _spatial_points(normals, tolerances, record)
+    return _incremental_points(normals, tolerances, record)
 
 
-def distinct_lines(normals: _Matrix, tolerances: _Matrix) -> NDArray[np.int64]:
-    """Increasing indices of unit rows (N, r), one for each line up to the tolerances (N,)."""
+def distinct_lines(normals: _Matrix, tolerances: _Matrix) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Unit rows (N, r), one for each line up to the tolerances (N,).
+
+    Returns
+    -------
+    kept : int array (M,)
+        Increasing indices.
+    leaders : int array (N,)
+        The row kept for each row.
+    """
     direction = np.random.default_rng(0).standard_normal(normals.shape[1])
     keys = np.abs(normals @ (direction / np.linalg.norm(direction)))
     order = np.argsort(keys - tolerances, kind="stable")
     left, right = (keys - tolerances)[order], np.maximum.accumulate((keys + tolerances)[order])
     starts = np.concatenate([[0], np.flatnonzero(left[1:] > right[:-1]) + 1, [len(order)]])
     sizes = np.diff(starts)
-    kept = [order[starts[:-1][sizes == 1]]]
+    leaders = np.arange(len(normals))
     for start, size in zip(starts[:-1][sizes > 1], sizes[sizes > 1], strict=True):
         rest = np.sort(order[start : start + size])
         while rest.size:
             leader = rest[0]
-            kept.append(rest[:1])
             away = normals[rest] - normals[leader]
             opposite = normals[rest] + normals[leader]
             distance = np.minimum(np.linalg.norm(away, axis=1), np.linalg.norm(opposite, axis=1))
-            rest = rest[distance > tolerances[rest] + tolerances[leader]]
-    return np.sort(np.concatenate(kept))
+            apart = distance > tolerances[rest] + tolerances[leader]
+            leaders[rest[~apart]] = leader
+            rest = rest[apart]
+    return np.flatnonzero(leaders == np.arange(len(normals))), leaders
 
 
 class _CellTable:
@@ -175,7 +188,7 @@ def _planar_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
     return np.stack([np.cos(middles), np.sin(middles)])
 
 
-def _spatial_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
+def _spatial_points(normals: _Matrix, tolerances: _Matrix, record: Concurrences) -> _Matrix:
     """Rank 3: the edges on plane i are the arcs between its intersections with the other planes."""
     count = len(normals)
     table = _CellTable(normals)
@@ -193,6 +206,8 @@ def _spatial_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
         if not np.all(spread < _MAX_TOLERANCE):
             raise DegenerateArrangementError("planes nearly coincide")
         rows, middles, sizes = _gaps(angles, spread)
+        if np.any(sizes > 1):
+            record.meet(own, angles, spread)
         for size, times in enumerate(np.bincount(sizes)):
             faces += Fraction(int(times) * size, size + 1)
         points = (np.cos(middles)[:, None] * first[rows] + np.sin(middles)[:, None] * second[rows]).T
@@ -212,7 +227,7 @@ def _plane_bases(normals: _Matrix) -> tuple[_Matrix, _Matrix]:
     return first, np.cross(normals, first)
 
 
-def _incremental_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
+def _incremental_points(normals: _Matrix, tolerances: _Matrix, record: Concurrences) -> _Matrix:
     """Rank >= 4: start from independent hyperplanes, then add the cells that each further hyperplane splits.
 
     A cell of the full arrangement is alone on its side of the last hyperplane that split it from others, so a
@@ -227,7 +242,7 @@ def _incremental_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
     table.add(normals @ points > 0.0, points)
     cells = points.shape[1]
     for i in range(rank, len(normals)):
-        points = _restricted_points(normals[: i + 1], tolerances[: i + 1])
+        points = _restricted_points(normals[: i + 1], tolerances[: i + 1], record.restricted(order[i], order[:i]))
         cells += points.shape[1]
         points = _move_off(points, normals, i, normals[i], rng)
         values = normals @ points
@@ -245,7 +260,7 @@ def _incremental_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
     return table.points(cells)
 
 
-def _restricted_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
+def _restricted_points(normals: _Matrix, tolerances: _Matrix, record: Concurrences) -> _Matrix:
     """Points on the last hyperplane, one in each piece that the others cut it into (opposite ones once)."""
     last = normals[-1]
     basis = scipy.linalg.null_space(last[None])
@@ -253,8 +268,10 @@ def _restricted_points(normals: _Matrix, tolerances: _Matrix) -> _Matrix:
     sines = np.linalg.norm(traces, axis=1)
     spread = np.maximum(tolerances[:-1], tolerances[-1]) / sines
     traces /= sines[:, None]
-    kept = distinct_lines(traces, spread)
-    return basis @ cell_points(traces[kept], spread[kept])
+    kept, leaders = distinct_lines(traces, spread)
+    merged = np.flatnonzero(leaders != np.arange(len(leaders)))
+    record.merge(merged, leaders[merged])
+    return basis @ cell_points(traces[kept], spread[kept], record.among(kept))
 
 
 def _move_off(

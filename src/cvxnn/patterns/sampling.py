@@ -1,10 +1,14 @@
-"""Random gates: Gaussian, differences of samples, whitened samples; with a threshold at a quantile."""
+"""Random gates: Gaussian, differences of samples, whitened samples or their clusters; thresholds at quantiles."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
 from cvxnn.errors import InvalidInputError
@@ -16,6 +20,9 @@ _Matrix = NDArray[np.float64]
 _REDRAWS = 20
 _SHRINKAGE = 1e-3
 _BLOCK_ENTRIES = 1 << 24
+#: Samples that are clustered, and steps of Lloyd's algorithm.
+_CLUSTERED = 100_000
+_LLOYD_STEPS = 25
 
 
 def sample_gates(
@@ -23,7 +30,7 @@ def sample_gates(
     n_gates: int,
     *,
     method: str = "gaussian",
-    quantile: float | None = None,
+    quantile: float | Sequence[float] | None = None,
     bias_column: bool = False,
     random_state: RandomState = None,
 ) -> NDArray[np.float64]:
@@ -35,17 +42,20 @@ def sample_gates(
         Samples (or patches) in rows. With ``method="gaussian"`` and no ``quantile`` only d matters.
     n_gates : int
         How many gates to draw.
-    method : {"gaussian", "differences", "whitened"}
+    method : {"gaussian", "differences", "whitened", "kmeans"}
         "gaussian": g ~ N(0, I). "differences": g = x_i - x_j for random pairs of distinct samples.
         "whitened": g = C^(-1) (x_i - mean), to unit length, with the covariance C of the samples, its
         diagonal raised by 0.001 of the mean variance; X g is then an inner product of whitened samples.
-        Where all samples are equal, the last two are Gaussian.
-    quantile : float in (0, 1), optional
+        "kmeans": as "whitened", with the centres of a k-means clustering of the whitened samples (25 steps of
+        Lloyd's algorithm, of at most 100,000 of them) in place of samples.
+        Where all samples are equal, the last three are Gaussian.
+    quantile : float in (0, 1), or several, optional
         Each gate is inactive on this fraction of the samples (rounded to whole samples, at least one active
-        and one inactive; samples that tie may fall together on either side). Needs ``bias_column=True``.
+        and one inactive; samples that tie may fall together on either side). Several are taken in turn, gate by
+        gate. Needs ``bias_column=True``.
     bias_column : bool
         The last column of ``X`` is a column of ones. Without a ``quantile``, the hyperplane of "differences"
-        goes through the middle of the pair and that of "whitened" through the median.
+        goes through the middle of the pair, those of "whitened" and "kmeans" through the median.
     random_state : int, numpy.random.RandomState, numpy.random.Generator or None
         An integer gives the same gates each time; None draws from NumPy's global state, as in scikit-learn.
 
@@ -73,18 +83,17 @@ def sample_gates(
     if not bias_column:
         return gates
     if quantile is not None or thresholds is None:
-        thresholds = _quantiles(features, gates, 0.5 if quantile is None else float(quantile))
+        thresholds = _quantiles(features, gates, _check_quantiles(0.5 if quantile is None else quantile))
     return np.vstack([gates, -thresholds])
 
 
-def _check_options(X: _Matrix, n_gates: int, method: str, quantile: float | None, bias_column: bool) -> None:
+def _check_options(X: _Matrix, n_gates: int, method: str, quantile: Any, bias_column: bool) -> None:
     if not isinstance(n_gates, Integral) or isinstance(n_gates, bool) or n_gates < 1:
         raise InvalidInputError(f"n_gates is {n_gates!r}; an integer of at least 1 is wanted.")
     if method not in _METHODS:
         raise InvalidInputError(f"method is {method!r}; one of {', '.join(map(repr, _METHODS))} is wanted.")
     if quantile is not None:
-        if not isinstance(quantile, Real) or isinstance(quantile, bool) or not 0.0 < float(quantile) < 1.0:
-            raise InvalidInputError(f"quantile is {quantile!r}; a number strictly between 0 and 1 is wanted.")
+        _check_quantiles(quantile)
         if not bias_column:
             raise InvalidInputError(
                 f"quantile is {quantile!r} and bias_column is False; a threshold needs a column of ones as "
@@ -97,6 +106,15 @@ def _check_options(X: _Matrix, n_gates: int, method: str, quantile: float | None
             raise InvalidInputError(
                 f"X has only the column of ones; method {method!r} with quantile {quantile!r} needs a feature."
             )
+
+
+def _check_quantiles(quantile: Any) -> list[float]:
+    """A quantile, or several, as a list."""
+    several = list(quantile) if isinstance(quantile, (Sequence, np.ndarray)) else [quantile]
+    fractions = [isinstance(q, Real) and not isinstance(q, bool) and 0.0 < float(q) < 1.0 for q in several]
+    if isinstance(quantile, str) or not fractions or not all(fractions):
+        raise InvalidInputError(f"quantile is {quantile!r}; numbers strictly between 0 and 1 are wanted.")
+    return [float(q) for q in several]
 
 
 def _generator(random_state: RandomState) -> np.random.Generator:
@@ -144,18 +162,44 @@ def _draw_pairs(n: int, size: int, rng: np.random.Generator) -> tuple[NDArray[np
 def _whitened(X: _Matrix, n_gates: int, rng: np.random.Generator) -> tuple[_Matrix, _Matrix | None]:
     if np.array_equal(X, np.broadcast_to(X[0], X.shape)):
         return _gaussian(X, n_gates, rng)
-    mean = X.mean(axis=0)
-    covariance = _covariance(X, mean)
-    d = X.shape[1]
-    covariance[np.diag_indices(d)] += _SHRINKAGE * np.trace(covariance) / d
+    mean, covariance = _moments(X)
     chosen = rng.choice(len(X), size=n_gates, replace=n_gates > len(X))
-    gates = np.linalg.solve(covariance, (X[chosen] - mean).T)
+    return _unit(np.asarray(np.linalg.solve(covariance, (X[chosen] - mean).T), dtype=np.float64), rng), None
+
+
+def _kmeans(X: _Matrix, n_gates: int, rng: np.random.Generator) -> tuple[_Matrix, _Matrix | None]:
+    if np.array_equal(X, np.broadcast_to(X[0], X.shape)):
+        return _gaussian(X, n_gates, rng)
+    mean, covariance = _moments(X)
+    values, vectors = np.linalg.eigh(covariance)
+    whitening = (vectors / np.sqrt(values)) @ vectors.T
+    chosen = rng.permutation(len(X))[:_CLUSTERED]
+    clusters = KMeans(
+        min(n_gates, len(chosen)), init="random", n_init=1, max_iter=_LLOYD_STEPS, random_state=int(rng.integers(2**31))
+    )
+    with warnings.catch_warnings():
+        # Fewer distinct samples than clusters give centres twice, and gates that are merged.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        centres = clusters.fit((X[chosen] - mean) @ whitening).cluster_centers_
+    return _unit(whitening @ np.resize(centres, (n_gates, len(mean))).T, rng), None
+
+
+def _unit(gates: _Matrix, rng: np.random.Generator) -> _Matrix:
+    """Columns of unit length; those that are zero become Gaussian."""
     norms = np.linalg.norm(gates, axis=0)
     central = norms == 0.0
     if central.any():
-        gates[:, central] = rng.standard_normal((d, int(central.sum())))
+        gates[:, central] = rng.standard_normal((len(gates), int(central.sum())))
         norms = np.linalg.norm(gates, axis=0)
-    return gates / norms, None
+    return gates / norms
+
+
+def _moments(X: _Matrix) -> tuple[_Matrix, _Matrix]:
+    """Mean and covariance, its diagonal raised by 0.001 of the mean variance."""
+    mean = X.mean(axis=0)
+    covariance = _covariance(X, mean)
+    covariance[np.diag_indices(len(mean))] += _SHRINKAGE * np.trace(covariance) / len(mean)
+    return mean, covariance
 
 
 def _covariance(X: _Matrix, mean: _Matrix) -> _Matrix:
@@ -167,20 +211,20 @@ def _covariance(X: _Matrix, mean: _Matrix) -> _Matrix:
     return covariance / len(X)
 
 
-def _quantiles(X: _Matrix, gates: _Matrix, q: float) -> _Matrix:
-    """For each gate a threshold with q n of the values X g below it, halfway to the next value."""
+def _quantiles(X: _Matrix, gates: _Matrix, fractions: Sequence[float]) -> _Matrix:
+    """For each gate a threshold with q n of the values X g below it, halfway to the next value; the q in turn."""
     n = len(X)
-    below = min(max(round(q * n), 1), n - 1)
     thresholds = np.empty(gates.shape[1])
     columns = max(1, _BLOCK_ENTRIES // n)
-    for k in range(0, gates.shape[1], columns):
-        block = slice(k, k + columns)
-        values = X @ gates[:, block]
-        if n == 1:
-            thresholds[block] = values[0] - np.abs(values[0]) - 1.0
-            continue
-        values.partition([below - 1, below], axis=0)
-        thresholds[block] = 0.5 * (values[below - 1] + values[below])
+    for start in range(0, gates.shape[1], columns):
+        values = X @ gates[:, start : start + columns]
+        for k, column in enumerate(values.T, start=start):
+            below = min(max(round(fractions[k % len(fractions)] * n), 1), n - 1)
+            if n == 1:
+                thresholds[k] = column[0] - np.abs(column[0]) - 1.0
+                continue
+            ends = np.partition(column, [below - 1, below])[below - 1 : below + 1]
+            thresholds[k] = 0.5 * (ends[0] + ends[1])
     return thresholds
 
 
@@ -188,4 +232,5 @@ _METHODS: dict[str, Callable[[_Matrix, int, np.random.Generator], tuple[_Matrix,
     "gaussian": _gaussian,
     "differences": _differences,
     "whitened": _whitened,
+    "kmeans": _kmeans,
 }

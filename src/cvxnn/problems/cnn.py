@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cvxnn.losses import Loss
 from cvxnn.operators import FEATURES, CNNOperator, PatchGeometry, pooling_matrix
+from cvxnn.operators.sources import ImageSource
 from cvxnn.problem import Problem
 from cvxnn.problems.patch_gates import choose_patch_gates
 from cvxnn.problems.task import read_task
@@ -35,7 +37,7 @@ def cnn_problem(
     norms: tuple[str, str] = ("l2", "l2"),
     sample_weight: Any = None,
     gate_sampling: str = "gaussian",
-    gate_quantile: float | None = None,
+    gate_quantile: float | Sequence[float] | None = None,
     max_cells: int | None = None,
     features: str = "auto",
     random_state: Any = 0,
@@ -49,8 +51,9 @@ def cnn_problem(
 
     Parameters
     ----------
-    images : array-like of shape (n, channels, H, W)
-        Numbers as they are to be used: nothing is scaled.
+    images : array-like of shape (n, channels, H, W) or ImageSource
+        Numbers as they are to be used: nothing is scaled. A source, read in batches, has its own type and device,
+        which count in place of `dtype` and `device`.
     Y : array-like of shape (n,) or (n, c)
         As for :func:`cvxnn.mlp_problem`.
     activation : {"linear", "gated_relu", "relu"}
@@ -73,10 +76,12 @@ def cnn_problem(
         Append a one to every patch, seen by the gates and penalised.
     output_bias : bool
         An intercept per output, unpenalised and minimised out.
-    gate_sampling : {"gaussian", "differences", "whitened"}
-        How gates are drawn: normal vectors, differences of pairs of patches, or whitened patches.
-    gate_quantile : float in (0, 1), optional
-        Threshold of drawn gates: each is active on a fraction 1 - quantile of the patches; needs `hidden_bias`.
+    gate_sampling : {"gaussian", "differences", "whitened", "kmeans"}
+        How gates are drawn: normal vectors, differences of pairs of patches, whitened patches, or the centres of
+        their clusters.
+    gate_quantile : float in (0, 1), or several, optional
+        Threshold of drawn gates: each is active on a fraction 1 - quantile of the patches; several are taken in
+        turn. Needs `hidden_bias`.
     max_cells : int, optional
         Limit of "enumerate"; more cells are refused.
     features : {"auto", "cached", "recomputed"}
@@ -111,6 +116,8 @@ def cnn_problem(
     >>> cvxnn.solve(problem, tol=1e-4).status
     'certified'
     """
+    if isinstance(images, ImageSource):
+        dtype, device = images.dtype, images.device
     task = read_task(
         Y, activation, beta, loss, reduction, norms, sample_weight, hidden_bias, output_bias, dtype, device
     )
@@ -121,18 +128,19 @@ def cnn_problem(
         check_pair(padding, "padding", 0),
         task.hidden_bias,
     )
-    data = as_images(images, "images")
+    data = images if isinstance(images, ImageSource) else as_images(images, "images")
     task.check_samples(len(data))
     grid = geometry.grid(*data.shape[2:])
     pool = pooling_matrix(pooling, grid)
-    tensor = torch.tensor(data, dtype=task.dtype).to(task.device)
-    check_range(tensor, "images")
+    tensor = data if isinstance(data, ImageSource) else torch.tensor(data, dtype=task.dtype).to(task.device)
+    if isinstance(tensor, torch.Tensor):
+        check_range(tensor, "images")
 
-    vectors = bits = None
-    scope = "linear_network"
-    if task.gated(gates):
-        vectors, bits, scope = choose_patch_gates(
-            tensor, geometry, gates, n_gates, gate_sampling, gate_quantile, max_cells, random_state
-        )
-    operator = CNNOperator(tensor, task.n_outputs, geometry, pool, vectors, bits, activation, features)
-    return task.problem(operator, scope)
+    arguments = tensor, task.n_outputs, geometry, pool
+    if not task.gated(gates):
+        return task.problem(CNNOperator(*arguments, features=features), "linear_network")
+    found = choose_patch_gates(
+        tensor, geometry, gates, n_gates, gate_sampling, gate_quantile, max_cells, random_state, activation
+    )
+    operator = CNNOperator(*arguments, found.gates, found.bits, activation, features)
+    return task.problem(operator, found.scope, found.coverage)

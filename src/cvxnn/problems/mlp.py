@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def mlp_problem(
     norms: tuple[str, str] = ("l2", "l2"),
     sample_weight: Any = None,
     gate_sampling: str = "gaussian",
-    gate_quantile: float | None = None,
+    gate_quantile: float | Sequence[float] | None = None,
     max_cells: int | None = None,
     random_state: Any = 0,
     dtype: Any = "float64",
@@ -79,11 +80,12 @@ def mlp_problem(
         Norm of the columns of the left factor, and of the right factor (Lemma 3.1); l2 with l2 for ReLU.
     sample_weight : array-like of shape (n,), optional
         Non-negative weights; with "mean" the losses are divided by their sum.
-    gate_sampling : {"gaussian", "differences", "whitened"}
-        How gates are drawn: normal vectors, differences of pairs of samples, or whitened samples.
-    gate_quantile : float in (0, 1), optional
-        Threshold of drawn gates: each is active on a fraction 1 - quantile of the samples; needs
-        `hidden_bias`.
+    gate_sampling : {"gaussian", "differences", "whitened", "kmeans"}
+        How gates are drawn: normal vectors, differences of pairs of samples, whitened samples, or the centres of
+        their clusters.
+    gate_quantile : float in (0, 1), or several, optional
+        Threshold of drawn gates: each is active on a fraction 1 - quantile of the samples; several are taken in
+        turn. Needs `hidden_bias`.
     max_cells : int, optional
         Limit of "enumerate"; more cells are refused.
     random_state : int, RandomState or None
@@ -125,10 +127,9 @@ def mlp_problem(
     tensor = _without_copy(data) if mapped else torch.tensor(data, dtype=task.dtype)
     check_range(tensor, "X")
 
-    gate_vectors = pattern_tensor = None
-    scope = "linear_network"
+    found = None
     if task.gated(gates):
-        gate_vectors, bits, scope = choose_gates(
+        found = choose_gates(
             tensor.double().numpy(),
             gates,
             n_gates,
@@ -137,7 +138,10 @@ def mlp_problem(
             gate_quantile,
             max_cells,
             random_state,
+            activation,
         )
-        pattern_tensor = torch.from_numpy(bits).to(task.device)
-    operator = MLPOperator(tensor.to(task.device), task.n_outputs, gate_vectors, pattern_tensor, activation)
-    return task.problem(operator, scope)
+    if found is None:
+        return task.problem(MLPOperator(tensor.to(task.device), task.n_outputs), "linear_network")
+    bits = torch.from_numpy(found.patterns).to(task.device)
+    operator = MLPOperator(tensor.to(task.device), task.n_outputs, found.gates, bits, activation)
+    return task.problem(operator, found.scope, found.coverage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,79 +14,105 @@ from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.gates import choose_gates, draw_gates
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
-from cvxnn.patterns import PatchBits, patch_bits
+from cvxnn.operators.sources import ImageSource
+from cvxnn.patterns import Coverage, PatchBits, patch_bits
 from cvxnn.patterns.activation import pack_columns
 
-__all__ = ["choose_patch_gates"]
+__all__ = ["PatchGates", "choose_patch_gates"]
 
 #: Up to so many patches are looked at together; of more, so many are drawn to sample gates from.
 _PATCHES = 2**17
+#: Numbers in the patches that are drawn, unless there would be fewer patches than four times their length.
+_NUMBERS = 2**26
 _IMAGES = 4096
 _BATCH_BYTES = 2**27
 
 
+@dataclass(frozen=True)
+class PatchGates:
+    """Gates (h, P) with what is known of them, as :class:`cvxnn.gates.ChosenGates`; patterns of all patches."""
+
+    gates: np.ndarray
+    bits: PatchBits
+    scope: str
+    coverage: Coverage | None = None
+
+
 def choose_patch_gates(
-    images: torch.Tensor,
+    images: torch.Tensor | ImageSource,
     geometry: PatchGeometry,
     gates: Any,
     n_gates: int,
     gate_sampling: str,
-    gate_quantile: float | None,
+    gate_quantile: float | Sequence[float] | None,
     max_cells: int | None,
     random_state: Any,
-) -> tuple[np.ndarray, PatchBits, str]:
-    """Gate vectors (h, P), their patterns on all patches, and the scope that they give.
+    activation: str,
+) -> PatchGates:
+    """Gate vectors, their patterns on all patches, and the scope that they give.
 
     Parameters
     ----------
-    images : torch.Tensor of shape (n, channels, H, W)
+    images : torch.Tensor or ImageSource of shape (n, channels, H, W)
 
     Notes
     -----
-    Where there are more than 131,072 patches, so many are drawn at random for what sampling takes from the data
-    (whitening, differences, quantiles).
+    Where there are more than 131,072 patches, so many (fewer of long ones) are drawn at random for what sampling
+    takes from the data (whitening, differences, quantiles).
     """
     n = len(images)
     n_patches = int(np.prod(geometry.grid(*images.shape[2:])))
 
+    if isinstance(images, ImageSource):
+        images = images.double()
+
     def patches(rows: Any) -> torch.Tensor:
         return geometry(images[rows].double())
 
-    options: Any = (gate_sampling, gate_quantile, max_cells, random_state)
     if n * n_patches <= _PATCHES:
         X = patches(slice(None)).flatten(0, 1).cpu().numpy()
-        found, plain, scope = choose_gates(X, gates, n_gates, geometry.bias, *options)
-        data = torch.from_numpy(plain).view(n, n_patches, -1).to(images.device)
-        return found, PatchBits(data, found.shape[1]), scope
+        chosen = choose_gates(
+            X, gates, n_gates, geometry.bias, gate_sampling, gate_quantile, max_cells, random_state, activation
+        )
+        data = torch.from_numpy(chosen.patterns).view(n, n_patches, -1).to(images.device)
+        return PatchGates(chosen.gates, PatchBits(data, data.shape[2]), chosen.scope, chosen.coverage)
     if isinstance(gates, str):
         raise UnsupportedError(
             f"gates is {gates!r} and the images have {n * n_patches} patches; all patterns are enumerated for at most "
             f"{_PATCHES} patches"
         )
     sample = _drawn_patches(images, geometry, n_patches, random_state) if gates is None else patches(slice(0, 1))[0]
-    found, scope = draw_gates(sample.cpu().numpy(), gates, n_gates, geometry.bias, *options)
+    found, scope = draw_gates(
+        sample.cpu().numpy(), gates, n_gates, geometry.bias, gate_sampling, gate_quantile, random_state
+    )
     vectors = torch.from_numpy(found).to(images.device)
     size = 8 * n_patches * (2 * geometry.length(images.shape[1]) + 2 * found.shape[1])
     batches = row_batches(n, size, _BATCH_BYTES)
     bits = patch_bits(n, patches, vectors, batches[0].stop)
     if gates is not None:
-        return found, bits, scope
+        return PatchGates(found, bits, scope)
     kept = _distinct(bits, patches, batches)
     if len(kept) == found.shape[1]:
-        return found, bits, scope
+        return PatchGates(found, bits, scope)
     if len(kept) == 0:
         raise InvalidInputError(f"none of the {found.shape[1]} gates is active on any patch; draw more gates")
-    return np.ascontiguousarray(found[:, kept]), bits.select(torch.from_numpy(kept).to(images.device)), scope
+    bits = bits.select(torch.from_numpy(kept).to(images.device))
+    return PatchGates(np.ascontiguousarray(found[:, kept]), bits, scope)
 
 
-def _drawn_patches(images: torch.Tensor, geometry: PatchGeometry, n_patches: int, random_state: Any) -> torch.Tensor:
+def _drawn_patches(
+    images: torch.Tensor | ImageSource, geometry: PatchGeometry, n_patches: int, random_state: Any
+) -> torch.Tensor:
     """Patches at random positions of random images."""
     seed = random_state if isinstance(random_state, (int, np.integer)) else None
     rng = np.random.default_rng(check_random_state(seed).randint(2**31))
     chosen = np.sort(rng.permutation(len(images))[:_IMAGES])
-    each = min(n_patches, -(-_PATCHES // len(chosen)))
+    length = geometry.length(images.shape[1])
+    wanted = min(_PATCHES, max(_NUMBERS // length, 4 * length))
+    each = min(n_patches, -(-wanted // len(chosen)))
     parts = []
-    for part in np.array_split(chosen, -(-len(chosen) // 256)):
+    together = max(1, min(256, _BATCH_BYTES // (16 * n_patches * length)))
+    for part in np.array_split(chosen, -(-len(chosen) // together)):
         rows = geometry(images[torch.from_numpy(part).to(images.device)].double())
         place = torch.from_numpy(rng.random((len(part), n_patches)).argsort(1)[:, :each]).to(images.device)
         parts.append(torch.gather(rows, 1, place.unsqueeze(2).expand(-1, -1, rows.shape[2])).flatten(0, 1))

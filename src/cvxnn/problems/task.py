@@ -11,6 +11,7 @@ from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Loss, get_loss
 from cvxnn.norms import MatrixNorm, get_norm
 from cvxnn.operators import Operator
+from cvxnn.patterns import Coverage
 from cvxnn.problem import Problem
 from cvxnn.validation import (
     check_choice,
@@ -65,11 +66,8 @@ class Task:
             raise InvalidInputError("gates are given but activation is 'linear', which has none; leave gates=None")
         return False
 
-    def problem(self, operator: Operator, scope: str) -> Problem:
+    def problem(self, operator: Operator, scope: str, coverage: Coverage | None = None) -> Problem:
         """The problem of an operator on the samples."""
-        if self.activation == "relu" and scope == "all_gates":
-            # By continuity the patterns of the boundaries of cells add nothing: these are all neurons.
-            scope = "relu_network"
         total = self.sample_weight.sum() if self.reduction == "mean" else 1.0
         return Problem(
             operator,
@@ -83,6 +81,7 @@ class Task:
             output_bias=self.output_bias,
             hidden_bias=self.hidden_bias,
             classes=self.classes,
+            coverage=coverage,
         )
 
 
