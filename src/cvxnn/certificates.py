@@ -20,6 +20,8 @@ __all__ = [
     "AT_ROUNDING",
     "STATIONARITY_TOLERANCE",
     "Certificate",
+    "Evaluation",
+    "certificate_of",
     "certify",
     "evaluate",
     "relative_gap",
@@ -213,11 +215,15 @@ def certify(
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     point = evaluate(problem, Z, factors=factors, intercept=intercept)
+    bounds = (dual_bound(problem, candidate, seconds).lower_bound for candidate in _candidates(problem, dual))
+    return certificate_of(problem, point, max(bounds, default=-math.inf), seconds)
+
+
+def certificate_of(problem: Problem, point: Evaluation, lower: float, seconds: float | None = None) -> Certificate:
+    """Certificate of an evaluated point, with the best that :func:`dual_bound` gave for further dual candidates."""
     nu = problem.dual_candidate(point.predictions)
     natural = dual_bound(problem, nu, seconds)
-    lower = natural.lower_bound
-    for candidate in _candidates(problem, dual):
-        lower = max(lower, dual_bound(problem, candidate, seconds).lower_bound)
+    lower = max(lower, natural.lower_bound)
     stationarity = _stationarity(problem, point, nu)
     ratios = natural.norms_upper / problem.beta
     gap = relative_gap(point.primal, lower)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cvxnn.certificates import relative_gap
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
@@ -110,7 +111,8 @@ class Admm(Solver):
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
         self.sigma = float(self.weights.max()) * problem.loss.smoothness
         step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
-        self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias)
+        target = problem.Y if self.squared else None
+        self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias, target)
         self.iteration, self.next_adaptation = 0, 5
         self.tolerated = self._tolerated_imbalance()
         self.anderson = Anderson(self.options.memory) if self.options.memory else None
@@ -235,6 +237,19 @@ class Admm(Solver):
         if self.residual is None and isinstance(self.ridge, FeatureRidge):
             self.residual = self.ridge.residual(self._last_Z, self.problem.Y)
         return Iterate(self.W, dual=None if self.residual is None else -self.residual)
+
+    def estimated_gap(self) -> float | None:
+        """From the Gram matrix, where passes over the samples take long."""
+        if not (self.squared and self.op.passes_are_dear and isinstance(self.ridge, FeatureRidge)):
+            return None
+        problem = self.problem
+        slopes, norms = self.ridge.dual_values(self._last_Z)
+        q = float(problem.norm.dual_estimate(self.op.unflatten(slopes)).max())
+        s = min(1.0, problem.beta / q) if q > 0 else 1.0
+        lower = s * norms.inner - s**2 / 2 * norms.square
+        _, here = self.ridge.dual_values(self.W)
+        primal = here.square / 2 + problem.beta * float(problem.norm.value(self.W)[1].sum())
+        return relative_gap(primal, lower)
 
     def state(self) -> dict[str, Any]:
         extra = {} if self.anderson is None else self.anderson.state()

@@ -107,6 +107,10 @@ class Solver(ABC):
     def iterate(self) -> Iterate:
         """The current point; called only when it is to be certified."""
 
+    def estimated_gap(self) -> float | None:
+        """About the relative gap that a certificate would find, where that takes long; None where it does not."""
+        return None
+
     def run_facts(self) -> list[Any]:
         """What else determines the run, for the fingerprint of a checkpoint."""
         return []

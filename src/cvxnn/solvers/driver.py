@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from cvxnn.bounds import dual_bound
-from cvxnn.certificates import certify, evaluate, relative_gap
+from cvxnn.certificates import Certificate, certificate_of, certify, evaluate, relative_gap
+from cvxnn.dual_norms import bounds_are_cheap
 from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
@@ -71,6 +72,16 @@ class _Best:
         if bound > self.lower:
             self.lower, self.dual = bound, nu
         return True
+
+    def certificate(self, problem: Problem, seconds: float | None = None) -> Certificate:
+        """What :func:`certify` says of exactly the best point and dual."""
+        point: dict[str, Any] = {"factors": self.factors, "intercept": self.intercept}
+        point["Z"] = self.Z if self.factors is None else None
+        op, cones = problem.operator, problem.cones
+        if problem.output_bias or not (cones is None or bounds_are_cheap(op, cones)):
+            # The dual is centred once more, or its bound depends on the time there is.
+            return certify(problem, **point, dual=self.dual, seconds=seconds)
+        return certificate_of(problem, evaluate(problem, **point), self.lower, seconds)
 
     def record(self, iteration: int, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
         """Append the state to the trace, with what the solver adds to it."""
@@ -148,6 +159,12 @@ def run(
                     if iteration < next_check and not last:
                         continue
                     next_check = _next_check(iteration, solver.check_every)
+                    estimate = None if last else solver.estimated_gap()
+                    if estimate is not None and estimate > tol:
+                        progress.estimate(iteration, estimate)
+                        if store is not None:
+                            store.save_if_due(iteration, elapsed(), best, solver.state())
+                        continue
                     finite = best.update(problem, solver.iterate(), share())
                     entry = best.record(iteration, elapsed(), solver.facts())
                     progress.update(entry)
@@ -183,12 +200,10 @@ def run(
         raise InvalidInputError(
             "the objective is not finite even at Z = 0; rescale X and Y (their values are too large)"
         )
-    Z = best.Z if best.factors is None else None
-    point: dict[str, Any] = {"Z": Z, "factors": best.factors, "intercept": best.intercept, "dual": best.dual}
-    certificate = certify(problem, **point, seconds=None if time_limit is None else share())
+    certificate = best.certificate(problem, None if time_limit is None else share())
     if status == "certified" and certificate.relative_gap > tol:
         # The time for dear bounds ran out where it had sufficed in the run.
-        certificate = certify(problem, **point)
+        certificate = best.certificate(problem)
     if status != "certified" and certificate.relative_gap <= tol:
         status = "certified"
     return Result(

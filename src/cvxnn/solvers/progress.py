@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from cvxnn.operators.passes import watch_passes
 
 __all__ = ["Progress"]
 
@@ -21,6 +24,7 @@ class Progress:
         self.verbose = int(verbose)
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
+        self._watching = ExitStack()
 
     def __enter__(self) -> Progress:
         if self.verbose == 1:
@@ -33,11 +37,23 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=1.0, iteration=0, gap="-")
+            self._watching.enter_context(watch_passes(self._show_pass))
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._watching.close()
         if self._bar is not None:
             self._bar.stop()
+
+    def _show_pass(self, what: str, done: float) -> None:
+        assert self._bar is not None
+        note = f"{self.name}, {what} {done:.0%}" if done < 1 else self.name
+        self._bar.update(self._task, description=note)
+
+    def estimate(self, iteration: int, gap: float) -> None:
+        """Show a gap that is not certified yet."""
+        if self._bar is not None:
+            self._bar.update(self._task, iteration=iteration, gap=f"about {gap:.0e}")
 
     def update(self, entry: dict[str, Any]) -> None:
         """Show the newest entry of the trace."""

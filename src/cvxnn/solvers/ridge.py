@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cvxnn.operators import Operator
+from cvxnn.operators.symmetric import add_product
 
 __all__ = ["FeatureRidge", "KernelRidge", "Ridge", "RidgeSolution", "cheaper_side", "make_ridge"]
 
@@ -20,6 +21,14 @@ class RidgeSolution:
 
     Z: torch.Tensor
     residual: torch.Tensor | None
+
+
+@dataclass
+class ResidualNorms:
+    """||R||^2 and <R, C> in the metric of the weights, C centred where there is an intercept."""
+
+    square: float
+    inner: float
 
 
 class Ridge(ABC):
@@ -104,24 +113,46 @@ class KernelRidge(Ridge):
 
 
 class FeatureRidge(Ridge):
-    """Through the (P p) x (P p) Gram matrix; with constant C the steps do not depend on n."""
+    """Through the (P p w) x (P p w) Gram matrix; with constant C the steps do not depend on n.
+
+    Parameters
+    ----------
+    target : torch.Tensor of shape (n, c), optional
+        The C of all steps, where it is constant: its products are formed in the pass that forms the Gram matrix.
+    """
+
+    def __init__(
+        self, operator: Operator, weights: torch.Tensor, intercept: bool, target: torch.Tensor | None = None
+    ) -> None:
+        self._target = target
+        super().__init__(operator, weights, intercept)
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._weights = weights.unsqueeze(1)
-        self._gram = self.operator.gram(weights)
         self._total = weights.sum()
+        ones = torch.ones_like(self._weights)
+        targets = ones if self._target is None else torch.cat([ones, self._centred(self._target)], 1)
+        self._gram, products = self.operator.moments(weights, targets)
         if self.intercept:
-            self._mean = self._adjoint(self._weights.expand(-1, self.operator.n_outputs))[:, :1] / self._total
-            self._gram.addmm_(self._mean, self._mean.T, alpha=-float(self._total))
-        self._cached: tuple[torch.Tensor, torch.Tensor] | None = None
+            mean = products[:, :1] / self._total
+            add_product(self._gram, mean.T, -float(self._total))
+        self._cached = None if self._target is None else (self._target, products[:, 1:])
+
+    def _centred(self, C: torch.Tensor) -> torch.Tensor:
+        return C - (self._weights * C).sum(0) / self._total if self.intercept else C
+
+    def _products(self, C: torch.Tensor) -> torch.Tensor:
+        """A* (a o C), C centred where there is an intercept; kept for the next call."""
+        if self._cached is None or self._cached[0] is not C:
+            self._cached = (C, self.operator.flatten(self.operator.adjoint(self._weights * self._centred(C))))
+        return self._cached[1]
 
     @property
     def order(self) -> int:
         return len(self._gram)
 
     def fit_norm(self, C: torch.Tensor) -> float:
-        target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
-        right = self._adjoint(self._weights * target)
+        right = self._products(C)
         # The mean of the kernel's diagonal is a trace over the number of samples.
         scale, size = float(self._gram.diagonal().sum()) / len(C), float(right.abs().max())
         if not (scale > 0 and size > 0):
@@ -129,20 +160,26 @@ class FeatureRidge(Ridge):
         fit = _conjugate_gradients(self._gram, scale, right / size)
         return float(torch.linalg.vector_norm(fit)) * (size / scale)
 
-    def _adjoint(self, L: torch.Tensor) -> torch.Tensor:
-        return self.operator.flatten(self.operator.adjoint(L))
-
     def factor(self, rho: float) -> None:
         self.rho = rho
         self._factor = _cholesky(lambda system: system.mT.copy_(self._gram), rho, self._factor)
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
-        if self._cached is None or self._cached[0] is not C:
-            target = C - (self._weights * C).sum(0) / self._total if self.intercept else C
-            self._cached = (C, self._adjoint(self._weights * target))
-        flat = self._cached[1] + self.rho * self.operator.flatten(B)
+        flat = self._products(C) + self.rho * self.operator.flatten(B)
         Z = self.operator.unflatten(_solve(self._factor, flat))
         return RidgeSolution(Z, self.residual(Z, C) if want_residual else None)
+
+    def dual_values(self, Z: torch.Tensor) -> tuple[torch.Tensor, ResidualNorms]:
+        """A*(a o R), flat, and norms of R = C - A(Z) - 1 b^T with the best b, for the constant C, without the data."""
+        assert self._target is not None
+        flat = self.operator.flatten(Z)
+        products = self._products(self._target)
+        image = self._gram @ flat
+        centred = self._centred(self._target)
+        size = float((self._weights * centred.square()).sum(dtype=torch.float64))
+        cross = float((flat * products).sum(dtype=torch.float64))
+        square = size - 2 * cross + float((flat * image).sum(dtype=torch.float64))
+        return products - image, ResidualNorms(square, size - cross)
 
     def residual(self, Z: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
         """a o (C - A(Z) - 1 b^T) with the best b."""
@@ -205,7 +242,10 @@ def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 15
     return "samples" if samples <= gram else "features"
 
 
-def make_ridge(side: str, operator: Operator, weights: torch.Tensor, intercept: bool) -> Ridge:
-    """The quadratic step on the given side."""
-    kind = KernelRidge if side == "samples" else FeatureRidge
-    return kind(operator, weights, intercept)
+def make_ridge(
+    side: str, operator: Operator, weights: torch.Tensor, intercept: bool, target: torch.Tensor | None = None
+) -> Ridge:
+    """The quadratic step on the given side; `target` is its C where that is constant."""
+    if side == "samples":
+        return KernelRidge(operator, weights, intercept)
+    return FeatureRidge(operator, weights, intercept, target)

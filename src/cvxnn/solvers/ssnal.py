@@ -8,24 +8,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 
 from cvxnn.certificates import Certificate, relative_gap
 from cvxnn.columns import Columns
-from cvxnn.cones import LongProjections
 from cvxnn.dual_norms import price_cones
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.ssnal_inner import Centre, InnerPoint, InnerProgram
 from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["Ssnal"]
 
-_ARMIJO = 1e-4
-_SHORTEST_STEP = 1e-10
-#: What a line search may leave of a step at once.
-_LEAST_SHARE, _LARGEST_SHARE = 0.1, 0.7
 _LARGEST = 1e12
-#: Patterns of the working set are kept as numbers up to this size.
-_KEPT_ENTRIES = 1 << 24
 #: A step ends after so many rounds or seconds, for the sake of limits and of the progress bar.
 _MOST_ROUNDS = 20
 #: Growth of the penalty parameters while many gates are missing in the working set.
@@ -68,36 +63,6 @@ class SsnalOptions:
         check_integer(self.new_gates, "new_gates")
 
 
-@dataclass
-class _Groups:
-    """The vectors x of every (gate, sign), at first those of sign +1: shrunken projections onto the cones.
-
-    `chosen` are the groups that are not zero, `unit` their directions, `shares` what the shrinkage left of the
-    projections, `faces` the projectors on the spans of their faces, `penalty` and `squares` the sums of ||x|| and
-    ||x||^2.
-    """
-
-    chosen: torch.Tensor
-    x: torch.Tensor
-    unit: torch.Tensor
-    shares: torch.Tensor
-    faces: torch.Tensor
-    penalty: float
-    squares: float
-
-
-@dataclass
-class _Inner:
-    """The inner function at a multiplier: value, gradient, and the point that belongs to it, with the loss at T."""
-
-    value: float
-    gradient: torch.Tensor
-    T: torch.Tensor
-    loss: float
-    groups: _Groups
-    intercept: float
-
-
 class Ssnal(Solver):
     """min F(T) + beta sum ||x_kj|| over x_kj in the cone of gate k, T = sum +-D_k X x_kj + b (math section 3).
 
@@ -123,6 +88,8 @@ class Ssnal(Solver):
     def unsupported(cls, problem: Problem) -> str | None:
         if problem.cones is None:
             return "it is for ReLU problems; use 'admm'"
+        if problem.operator.architecture != "mlp":
+            return f"it is for the architecture 'mlp', and this is {problem.operator.architecture!r}; use 'bm_global'"
         if problem.Y.shape[1] != 1:
             return f"it needs one output, and Y has {problem.Y.shape[1]}; use 'bm_global'"
         return None
@@ -173,10 +140,8 @@ class Ssnal(Solver):
         self.limit = _LARGEST * self.sigma
 
     def _use_gates(self) -> None:
-        self.part = self.op if len(self.gates) == self.op.n_gates else self.op.select(self.gates)
-        self.projections = LongProjections(self.all_cones, self.gates)
-        few = self.part.patterns.numel() <= _KEPT_ENTRIES
-        self.bits = self.part.patterns.T.to(self.x.dtype).contiguous() if few else None
+        part = self.op if len(self.gates) == self.op.n_gates else self.op.select(self.gates)
+        self.inner = InnerProgram(self.problem, part, self.gates)
 
     def step(self) -> None:
         """Rounds until the working set is solved well enough for a certificate, then price all gates."""
@@ -205,15 +170,15 @@ class Ssnal(Solver):
     def _late(self) -> bool:
         return self.time_limit is not None and time.perf_counter() - self.begin > self.time_limit
 
-    def _working_gap(self, found: _Inner, before: torch.Tensor) -> float:
+    def _working_gap(self, found: InnerPoint, before: torch.Tensor) -> float:
         """Relative duality gap on the working set, without allowance for rounding.
 
         x = prox(x_old -+ sigma G) gives ||Proj(-+G)|| <= beta + ||x_old - x|| / sigma for every group.
         """
         problem, loss = self.problem, self.problem.loss
-        outputs = self._outputs(found.groups)[:, None]
+        outputs = self._on_device(found.outputs)[:, None]
         outputs = outputs + problem.best_intercept(outputs)
-        primal = float(loss.value(outputs, problem.Y64, problem.weights) + problem.beta * found.groups.penalty)
+        primal = float(loss.value(outputs, problem.Y64, problem.weights) + problem.beta * found.penalty)
         q = problem.beta + float((self.x - before).norm(dim=2).max()) / self.sigma
         nu = self.dual[:, None]
         if problem.output_bias:
@@ -225,119 +190,22 @@ class Ssnal(Solver):
     def _scale(self, factor: float) -> None:
         self.sigma, self.tau, self.rho = factor * self.sigma, factor * self.tau, factor * self.rho
 
-    def _move(self, found: _Inner) -> None:
+    def _move(self, found: InnerPoint) -> None:
         self.x = torch.zeros_like(self.x)
-        self.x.view(-1, self.x.shape[2])[found.groups.chosen] = found.groups.x
-        self.T, self.b = found.T, found.intercept
+        self.x.view(-1, self.x.shape[2])[self._on_device(found.groups.chosen)] = self._on_device(found.groups.x)
+        self.T, self.b, self.dual = self._on_device(found.T), found.intercept, self._on_device(found.dual)
 
-    def _minimise(self) -> _Inner:
+    def _minimise(self) -> InnerPoint:
         """Semismooth Newton on the inner function, from the last multipliers."""
         self.rounds += 1
-        tolerance = max(1e-3 * self.tol, 10.0 ** -(2 + self.rounds))
-        point = self._inner(self.dual)
-        for steps in range(self.options.newton_iter + 1):
-            self.newton_steps = steps
-            size = float(self.dual.norm())
-            done = float(point.gradient.norm()) * size <= tolerance * (
-                point.loss + self.problem.beta * point.groups.penalty
-            )
-            if done or steps == self.options.newton_iter or self._late():
-                break
-            direction = self._newton_direction(point)
-            slope = float(direction @ point.gradient)
-            step, trial = self._search(point, direction, slope)
-            if trial is None:
-                break
-            self.dual, point = self.dual + step * direction, trial
-        return point
+        tolerance = max(1e-3 * self.tol, 10.0 ** -(1 + self.rounds))
+        x, T, dual = (part.cpu().numpy() for part in (self.x, self.T, self.dual))
+        centre = Centre(x, T, self.b, self.sigma, self.tau, self.rho)
+        found, self.newton_steps = self.inner.minimise(centre, dual, tolerance, self.options.newton_iter, self._late)
+        return found
 
-    def _search(self, point: _Inner, direction: torch.Tensor, slope: float) -> tuple[float, _Inner | None]:
-        """A step that decreases the inner function enough: 1, or zeros of its slope by secants."""
-        step = 1.0
-        while step > _SHORTEST_STEP:
-            trial = self._inner(self.dual + step * direction)
-            if trial.value <= point.value + _ARMIJO * step * slope + 1e-15 * abs(point.value):
-                return step, trial
-            end = float(direction @ trial.gradient)
-            share = slope / (slope - end) if slope < 0 < end else 0.5
-            step *= min(max(share, _LEAST_SHARE), _LARGEST_SHARE)
-        return step, None
-
-    def _inner(self, dual: torch.Tensor) -> _Inner:
-        problem, loss = self.problem, self.problem.loss
-        moved = self.T + self.tau * dual
-        T2 = loss.prox(moved[:, None], problem.Y64, problem.weights, 1 / self.tau)
-        T, at_T = T2[:, 0], float(loss.value(T2, problem.Y64, problem.weights))
-        change = T - self.T
-        value = float(dual @ T) - at_T - float(change @ change) / (2 * self.tau)
-        groups = self._groups(dual)
-        value += groups.squares / (2 * self.sigma)
-        total = float(dual.sum()) if problem.output_bias else 0.0
-        intercept = self.b - self.rho * total
-        value -= self.b * total - self.rho / 2 * total**2
-        gradient = T - self._outputs(groups) - intercept
-        return _Inner(value, gradient, T, at_T, groups, intercept)
-
-    def _groups(self, dual: torch.Tensor) -> _Groups:
-        """The prox of z, where it is not zero."""
-        G = self._adjoint(dual)
-        z = self.x - self.sigma * torch.stack([G, -G])
-        threshold = self.sigma * self.problem.beta
-        chosen, point, faces = self.projections(z, threshold)
-        sizes = torch.linalg.vector_norm(point, dim=1, keepdim=True)
-        lengths = (sizes - threshold).clamp_min_(0)
-        shares, unit = lengths / sizes, point / sizes
-        sums = float(lengths.sum()), float((lengths * lengths).sum())
-        return _Groups(chosen, shares * point, unit, shares[:, 0], faces, *sums)
-
-    def _adjoint(self, dual: torch.Tensor) -> torch.Tensor:
-        """X^T D_k dual for the gates of the working set, (B, d)."""
-        if self.bits is None:
-            return self.part.adjoint(dual[:, None])[:, :, 0]
-        return self.bits @ (self.X * dual[:, None])
-
-    def _masks(self, chosen: torch.Tensor) -> torch.Tensor:
-        """The diagonals of D_k of some groups, (s, n)."""
-        place = chosen % len(self.gates)
-        return self.part.patterns[:, place].T.to(self.X.dtype) if self.bits is None else self.bits[place]
-
-    def _outputs(self, groups: _Groups) -> torch.Tensor:
-        """sum +-D_k X x_kj."""
-        signed = torch.where((groups.chosen < len(self.gates))[:, None], groups.x, -groups.x)
-        return (self.X * (self._masks(groups.chosen).T @ signed)).sum(1)
-
-    def _newton_direction(self, point: _Inner) -> torch.Tensor:
-        """Solve (diag + B B^T) d = -gradient on its smaller side."""
-        problem, ones = self.problem, torch.ones_like(point.T)[:, None]
-        curvature = problem.loss.hessian_product(point.T[:, None], problem.Y64, problem.weights, ones)[:, 0]
-        diagonal = self.tau / (1 + self.tau * curvature)
-        low_rank = [math.sqrt(self.sigma) * self._directions(point.groups)]
-        if problem.output_bias:
-            low_rank.append(math.sqrt(self.rho) * ones)
-        B = torch.cat(low_rank, dim=1)
-        right = -point.gradient
-        if B.shape[1] >= len(right):
-            return _solve(B @ B.T + diagonal.diag(), right)
-        scaled = B / diagonal[:, None]
-        small = B.T @ scaled
-        small.diagonal().add_(1.0)
-        return right / diagonal - scaled @ _solve(small, scaled.T @ right)
-
-    def _directions(self, groups: _Groups) -> torch.Tensor:
-        """Columns of D_k X M^(1/2), with M the derivative of the prox: the face, shortened across x.
-
-        One column for each group on a ray, d for the others: (n, at most r d).
-        """
-        masks = self._masks(groups.chosen)
-        more = groups.faces.diagonal(dim1=1, dim2=2).sum(1) > 1.5
-        wide = more.nonzero()[:, 0]
-        rays = (masks * (groups.unit @ self.X.T))[~more].T
-        if len(wide) == 0:
-            return rays
-        unit, root = groups.unit[wide], groups.shares[wide].sqrt()[:, None, None]
-        roots = root * groups.faces[wide] + (1 - root) * unit.unsqueeze(2) * unit.unsqueeze(1)
-        spans = (self.X @ roots) * masks[wide].unsqueeze(2)
-        return torch.cat([rays, spans.transpose(0, 1).flatten(1)], dim=1)
+    def _on_device(self, values: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.X.device)
 
     def _add_gates(self) -> bool:
         """Price all gates; take in those that violate the dual constraint most. False if none does."""
@@ -387,15 +255,6 @@ class Ssnal(Solver):
         for name, value in state.items():
             setattr(self, name, value)
         self._use_gates()
-
-
-def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
-        if not bool(torch.isfinite(matrix).all()):
-            raise torch.linalg.LinAlgError("the Newton matrix is not finite")
-        return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
-    return torch.cholesky_solve(right[:, None], factor)[:, 0]
 
 
 def _spread(directions: torch.Tensor, most: int) -> torch.Tensor:
