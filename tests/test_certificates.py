@@ -149,7 +149,7 @@ def test_tiny_beta_proves_nothing_false():
     for beta in (1e-12, 1e-100, 1e-300, 5e-324):
         problem = make_problem(beta=beta, n=6)
         found = cvxnn.certify(problem, Z=0 * random_blocks(problem))
-        fit, *_ = np.linalg.lstsq(np.vstack([problem.operator._features(slice(None)).numpy()]), problem.Y.numpy(), 0)
+        fit, *_ = np.linalg.lstsq(np.vstack([problem.operator.features(slice(None)).numpy()]), problem.Y.numpy(), 0)
         upper = problem.objective(fit.reshape(problem.operator.block_shape))
         assert 0 <= found.lower_bound <= max(upper, 1e-25)
 

@@ -13,7 +13,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils import check_random_state
 
 from cvxnn.errors import InvalidInputError
-from cvxnn.estimators import ConvexMLPClassifier, ConvexMLPRegressor, _ConvexMLP
+from cvxnn.estimators import ConvexMLP, ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.samples import merge_duplicates
 from cvxnn.solvers import path, solve
 from cvxnn.validation import check_integer, check_positive
@@ -49,7 +49,7 @@ _PARAMETERS = """
     """
 
 
-class _PathCV(_ConvexMLP):
+class _PathCV(ConvexMLP):
     """The cross-validation; combined with an estimator below."""
 
     def __init__(

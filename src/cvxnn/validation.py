@@ -22,6 +22,7 @@ __all__ = [
     "check_range",
     "check_sample_weight",
     "encode_targets",
+    "read_images",
     "resolve_device",
     "resolve_dtype",
 ]
@@ -153,6 +154,32 @@ def as_images(value: Any, name: str) -> np.ndarray:
     if not all_finite(array):
         raise InvalidInputError(f"{name} contains NaN or infinity; finite numbers are wanted")
     return np.ascontiguousarray(array)
+
+
+def read_images(value: Any, image_shape: tuple[int, int, int] | None) -> np.ndarray:
+    """Images (n, channels, H, W), (n, H, W), or rows of pixels of images of a known shape, as (n, channels, H, W)."""
+    if isinstance(value, torch.Tensor) or hasattr(value, "to_numpy"):
+        value = _to_numpy(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InvalidInputError(f"X cannot be read as images: {error}") from error
+    if image_shape is not None:
+        shape = tuple(image_shape) if isinstance(image_shape, (tuple, list)) else ()
+        if len(shape) != 3 or not all(isinstance(side, Integral) and side >= 1 for side in shape):
+            raise InvalidInputError(f"image_shape is {image_shape!r}; (channels, height, width) is wanted")
+        if array.ndim == 2:
+            if array.shape[1] != math.prod(shape):
+                raise InvalidInputError(
+                    f"X has {array.shape[1]} columns; {math.prod(shape)}, one per pixel of {shape}, are wanted"
+                )
+            array = array.reshape(len(array), *shape)
+    elif array.ndim == 2:
+        raise InvalidInputError(
+            f"X has shape {array.shape}; images (n, channels, height, width) or (n, height, width) are wanted, or "
+            "image_shape=(channels, height, width) for images in rows"
+        )
+    return as_images(array[:, None] if array.ndim == 3 else array, "X")
 
 
 def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | None]:

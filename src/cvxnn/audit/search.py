@@ -14,6 +14,7 @@ from cvxnn.audit.descent import descend
 from cvxnn.audit.task import Point, Task
 from cvxnn.cone_witness import best_step
 from cvxnn.neurons import distinct_neurons
+from cvxnn.networks import TwoLayerNetwork
 from cvxnn.patterns import deduplicate_gates
 from cvxnn.problem import Problem
 from cvxnn.solvers import solve
@@ -94,7 +95,9 @@ def _solve(findings: Findings, problem: Problem, start: Point, tol: float, time_
     init = place(task, problem, start.columns).factors(problem.n_gates) if len(start) else None
     result = solve(problem, tol=tol, time_limit=max(time_limit, 1e-3), init=init, random_state=0)
     findings.remember(result.dual)
-    findings.offer(task.point_of(result.network(dtype=torch.float64)))
+    network = result.network(dtype=torch.float64)
+    assert isinstance(network, TwoLayerNetwork)
+    findings.offer(task.point_of(network))
 
 
 def _grow(findings: Findings, tol: float, deadline: float) -> None:

@@ -1,20 +1,34 @@
-"""Solutions as torch modules: the two-layer network that a convex solution stands for."""
+"""Two-layer perceptrons as torch modules, and the neurons of blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import nn
 
 from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
-from cvxnn.problem import Problem
 
-__all__ = ["TwoLayerNetwork", "balanced_factors", "build_network", "padded_factors"]
+__all__ = ["GatedModule", "TwoLayerNetwork", "balanced_factors", "padded_factors"]
 
 
-class TwoLayerNetwork(nn.Module):
+class GatedModule(nn.Module):
+    """A module whose gates stay in float64, whatever it is converted to."""
+
+    gates: torch.Tensor | None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Conversions of the module move the gates, but never round them.
+        gates = self.gates
+        super()._apply(fn, recurse)
+        if gates is not None and self.gates is not None:
+            self.gates = gates.to(self.gates.device)
+        return self
+
+
+class TwoLayerNetwork(GatedModule):
     """x -> sum_j 1{g_k(j) . x >= 0} (x . u_j) v_j^T + b, or without gates for the linear and the ReLU network.
 
     The ReLU network is x -> sum_j (x . u_j)_+ v_j^T + b.
@@ -38,7 +52,6 @@ class TwoLayerNetwork(nn.Module):
         Whether the activations are (x . u_j)_+; there are then no gates.
     """
 
-    gates: torch.Tensor | None
     gate_index: torch.Tensor | None
 
     def __init__(
@@ -82,14 +95,6 @@ class TwoLayerNetwork(nn.Module):
             active = (x.to(self.sample_dtype).to(torch.float64) @ self.gates) >= 0
             hidden = hidden * active.to(hidden.dtype)[:, self.gate_index]
         return hidden @ self.output + self.bias
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TwoLayerNetwork:
-        # Conversions of the module move the gates, but never round them.
-        gates = self.gates
-        super()._apply(fn, recurse)
-        if gates is not None and self.gates is not None:
-            self.gates = gates.to(self.gates.device)
-        return self
 
 
 def balanced_factors(
@@ -157,50 +162,3 @@ def padded_factors(network: TwoLayerNetwork, norms: tuple[str, str]) -> tuple[to
     index = torch.zeros(len(U), dtype=torch.long, device=U.device) if index is None else index
     n_gates = 1 if network.gates is None else network.gates.shape[1]
     return Columns(index, U, V).without_zeros().balanced(norms).factors(n_gates)
-
-
-def build_network(
-    problem: Problem,
-    Z: torch.Tensor | None,
-    intercept: torch.Tensor,
-    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-) -> TwoLayerNetwork:
-    """The network of a point of a problem, with the same predictions.
-
-    Parameters
-    ----------
-    problem : Problem
-    Z : torch.Tensor of shape (P, p, q) or None
-        Blocks, split by :func:`balanced_factors`; not used where there are factors.
-    intercept : torch.Tensor of shape (c,)
-    factors : pair (U, V), shapes (P, p, m) and (P, q, m), optional
-        The neurons themselves; columns that are zero are left out.
-    dtype : torch.dtype, optional
-        Type of the weights; by default that of the problem.
-
-    Raises
-    ------
-    InvalidInputError
-        There are neither blocks nor factors.
-    """
-    if factors is not None:
-        columns = Columns.from_factors(*(part.detach() for part in factors)).without_zeros()
-        U, V, index = columns.u.T, columns.v.T, columns.gate
-    elif Z is not None:
-        U, V, index = balanced_factors(Z, (problem.norm.left, problem.norm.right))
-    else:
-        raise InvalidInputError("Z and factors are None; one of them is wanted")
-    dtype = problem.dtype if dtype is None else dtype
-    relu = problem.activation == "relu"
-    gates = None if relu else problem.gates
-    return TwoLayerNetwork(
-        U.to(dtype),
-        V.T.to(dtype),
-        intercept.detach().clone().to(dtype),
-        None if gates is None else gates.clone(),
-        None if gates is None else index,
-        problem.hidden_bias,
-        problem.dtype,
-        relu,
-    )

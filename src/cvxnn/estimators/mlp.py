@@ -1,48 +1,26 @@
-"""scikit-learn estimators: a convex two-layer network as a classifier or a regressor."""
+"""Two-layer perceptrons as scikit-learn estimators."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.base import MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from cvxnn.certificates import Certificate
-from cvxnn.errors import CertificationWarning, InvalidInputError
-from cvxnn.networks import TwoLayerNetwork
+from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator
 from cvxnn.problem import Problem
 from cvxnn.problems import mlp_problem
 from cvxnn.samples import merge_duplicates
-from cvxnn.solvers import Result, solve
-from cvxnn.validation import check_sample_weight
+from cvxnn.solvers import solve
 
-__all__ = ["ConvexMLPClassifier", "ConvexMLPRegressor", "project_to_simplex"]
-
-
-def project_to_simplex(outputs: np.ndarray) -> np.ndarray:
-    """Euclidean projection of each row of `outputs`, (n, c), onto the probability simplex.
-
-    By sorting (Held, Wolfe, Crowder 1974).
-    """
-    # A common shift changes nothing, nor do entries more than 1 below the largest, whose projection is 0.
-    outputs = np.maximum(outputs - outputs.max(axis=1, keepdims=True), -1.0)
-    descending = -np.sort(-outputs, axis=1)
-    excess = np.cumsum(descending, axis=1) - 1
-    rank = np.arange(1, outputs.shape[1] + 1)
-    n_positive = (descending - excess / rank > 0).sum(axis=1)
-    threshold = excess[np.arange(len(outputs)), n_positive - 1] / n_positive
-    projected = np.maximum(outputs - threshold[:, None], 0)
-    return projected / projected.sum(axis=1, keepdims=True)
+__all__ = ["ConvexMLP", "ConvexMLPClassifier", "ConvexMLPRegressor"]
 
 
-class _ConvexMLP(BaseEstimator):
+class ConvexMLP(ConvexEstimator):
     """What classifier and regressor share; parameters are documented there."""
-
-    _losses: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -60,7 +38,7 @@ class _ConvexMLP(BaseEstimator):
         output_bias: bool = True,
         gates: Any = None,
         gate_sampling: str = "gaussian",
-        gate_quantile: float | None = None,
+        gate_quantile: float | Sequence[float] | None = None,
         norms: tuple[str, str] = ("l2", "l2"),
         solver_options: dict[str, Any] | None = None,
         dtype: str = "float64",
@@ -90,9 +68,7 @@ class _ConvexMLP(BaseEstimator):
         self.verbose = verbose
 
     def _problem(self, X: np.ndarray, Y: np.ndarray, weights: np.ndarray, beta: float, random_state: Any) -> Problem:
-        if self.loss not in self._losses:
-            known = ", ".join(map(repr, self._losses))
-            raise InvalidInputError(f"loss is {self.loss!r}; one of {known} is wanted")
+        self._check_loss()
         return mlp_problem(
             X,
             Y,
@@ -113,39 +89,11 @@ class _ConvexMLP(BaseEstimator):
             device=self.device,
         )
 
-    def _solver_arguments(self) -> dict[str, Any]:
-        return {
-            "solver": self.solver,
-            "rank": self.rank,
-            "tol": self.tol,
-            "max_iter": self.max_iter,
-            "time_limit": self.time_limit,
-            "solver_options": self.solver_options,
-            "random_state": self.random_state,
-            "verbose": self.verbose,
-        }
-
     def _fit_targets(self, X: np.ndarray, Y: np.ndarray, sample_weight: Any) -> None:
         """Fit to a matrix of targets; samples that occur more than once are merged first."""
         weights = self._check_weights(sample_weight, Y)
         problem = self._problem(*merge_duplicates(X, Y, weights), self.beta, self.random_state)
         self._set_result(solve(problem, **self._solver_arguments()))
-
-    def _check_weights(self, sample_weight: Any, Y: np.ndarray) -> np.ndarray:
-        return check_sample_weight(sample_weight, len(Y))
-
-    def _set_result(self, result: Result) -> None:
-        self.result_ = result
-        self.certificate_: Certificate = result.certificate
-        self.n_iter_ = max(1, result.n_iter)
-        self.network_: TwoLayerNetwork = result.network()
-        if result.status != "certified":
-            warnings.warn(
-                f"training ended as {result.status!r} at a relative duality gap of "
-                f"{result.certificate.relative_gap:.1e}, above tol={self.tol:g}; raise max_iter or time_limit",
-                CertificationWarning,
-                stacklevel=4,
-            )
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Outputs of the network, (n, c) float64."""
@@ -156,7 +104,7 @@ class _ConvexMLP(BaseEstimator):
             return self.network_(rows).double().cpu().numpy()
 
 
-class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
+class ConvexMLPClassifier(ConvexClassifier, ConvexMLP):
     """A two-layer network classifier trained to a certified distance from the global optimum.
 
     There is no learning rate to tune, and ``certificate_`` says how far the training objective is, at
@@ -184,8 +132,8 @@ class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
     hidden_bias, output_bias : bool
         Biases of the two layers; that of the output is not penalised.
     gates : array-like of shape (d + hidden_bias, P), "enumerate" or None
-    gate_sampling : {"gaussian", "differences", "whitened"}
-    gate_quantile : float or None
+    gate_sampling : {"gaussian", "differences", "whitened", "kmeans"}
+    gate_quantile : float, several, or None
     norms : pair of {"l1", "l2", "linf"}
     solver_options : dict or None
     dtype : {"float64", "float32"}
@@ -213,8 +161,6 @@ class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
     True
     """
 
-    _losses = ("squared", "cross_entropy", "huber", "logistic")
-
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexMLPClassifier:
         """Train on X (n, d) and labels y (n,), numbers or strings."""
         X, Y = self._validate(X, y)
@@ -223,47 +169,10 @@ class ConvexMLPClassifier(ClassifierMixin, _ConvexMLP):
 
     def _validate(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         X, y = validate_data(self, X, y, dtype=np.float64, order="C")
-        try:
-            check_classification_targets(y)
-            self.classes_, index = np.unique(y, return_inverse=True)
-        except TypeError as error:
-            raise InvalidInputError("y mixes labels of different types; labels of one type are wanted") from error
-        if len(self.classes_) < 2:
-            raise InvalidInputError(f"y has only one class, {self.classes_.tolist()}; at least two classes are wanted")
-        return X, np.eye(len(self.classes_))[index]
-
-    def _check_weights(self, sample_weight: Any, Y: np.ndarray) -> np.ndarray:
-        weights = super()._check_weights(sample_weight, Y)
-        if np.count_nonzero(weights @ Y) < 2:
-            raise InvalidInputError("only one class has samples of positive weight; at least two classes are wanted")
-        return weights
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Outputs of the network: (n, n_classes), or for two classes (n,), positive for the second."""
-        outputs = self._outputs(X)
-        return outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities (n, n_classes).
-
-        Softmax for cross-entropy, normalised sigmoids for logistic, and otherwise the Euclidean projection
-        of the outputs onto the simplex.
-        """
-        outputs = self._outputs(X)
-        if self.loss == "cross_entropy":
-            return torch.softmax(torch.from_numpy(outputs), dim=1).numpy()
-        if self.loss == "logistic":
-            log_odds = torch.nn.functional.logsigmoid(torch.from_numpy(outputs))
-            return torch.softmax(log_odds, dim=1).numpy()
-        return project_to_simplex(outputs)
-
-    def predict(self, X: Any) -> np.ndarray:
-        """The class with the largest output, for each sample."""
-        outputs = self._outputs(X)
-        return self.classes_[outputs.argmax(axis=1)]
+        return X, self._encode(y)
 
 
-class ConvexMLPRegressor(RegressorMixin, MultiOutputMixin, _ConvexMLP):
+class ConvexMLPRegressor(RegressorMixin, MultiOutputMixin, ConvexMLP):
     """A two-layer network regressor trained to a certified distance from the global optimum.
 
     Parameters and attributes are those of :class:`ConvexMLPClassifier`, without classes; `loss` is

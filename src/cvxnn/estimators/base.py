@@ -1,0 +1,124 @@
+"""What the estimators of all architectures share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+
+from cvxnn.certificates import Certificate
+from cvxnn.errors import CertificationWarning, InvalidInputError
+from cvxnn.solvers import Result
+from cvxnn.validation import check_sample_weight
+
+__all__ = ["ConvexClassifier", "ConvexEstimator", "project_to_simplex"]
+
+
+def project_to_simplex(outputs: np.ndarray) -> np.ndarray:
+    """Euclidean projection of each row of `outputs`, (n, c), onto the probability simplex.
+
+    By sorting (Held, Wolfe, Crowder 1974).
+    """
+    # A common shift changes nothing, nor do entries more than 1 below the largest, whose projection is 0.
+    outputs = np.maximum(outputs - outputs.max(axis=1, keepdims=True), -1.0)
+    descending = -np.sort(-outputs, axis=1)
+    excess = np.cumsum(descending, axis=1) - 1
+    rank = np.arange(1, outputs.shape[1] + 1)
+    n_positive = (descending - excess / rank > 0).sum(axis=1)
+    threshold = excess[np.arange(len(outputs)), n_positive - 1] / n_positive
+    projected = np.maximum(outputs - threshold[:, None], 0)
+    return projected / projected.sum(axis=1, keepdims=True)
+
+
+class ConvexEstimator(BaseEstimator):
+    """Training by :func:`cvxnn.solve`; the parameters are those of the classes below."""
+
+    _losses: ClassVar[tuple[str, ...]] = ()
+
+    def _check_loss(self) -> None:
+        if self.loss not in self._losses:
+            known = ", ".join(map(repr, self._losses))
+            raise InvalidInputError(f"loss is {self.loss!r}; one of {known} is wanted")
+
+    def _solver_arguments(self) -> dict[str, Any]:
+        return {
+            "solver": self.solver,
+            "rank": self.rank,
+            "tol": self.tol,
+            "max_iter": self.max_iter,
+            "time_limit": self.time_limit,
+            "solver_options": self.solver_options,
+            "random_state": self.random_state,
+            "verbose": self.verbose,
+        }
+
+    def _check_weights(self, sample_weight: Any, Y: np.ndarray) -> np.ndarray:
+        return check_sample_weight(sample_weight, len(Y))
+
+    def _set_result(self, result: Result) -> None:
+        self.result_ = result
+        self.certificate_: Certificate = result.certificate
+        self.n_iter_ = max(1, result.n_iter)
+        self.network_ = result.network()
+        if result.status != "certified":
+            warnings.warn(
+                f"training ended as {result.status!r} at a relative duality gap of "
+                f"{result.certificate.relative_gap:.1e}, above tol={self.tol:g}; raise max_iter or time_limit",
+                CertificationWarning,
+                stacklevel=4,
+            )
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Outputs of the network, (n, c) float64."""
+        raise NotImplementedError
+
+
+class ConvexClassifier(ClassifierMixin, ConvexEstimator):
+    """Labels as one-hot targets, and outputs as classes and probabilities."""
+
+    _losses = ("squared", "cross_entropy", "huber", "logistic")
+
+    def _encode(self, y: np.ndarray) -> np.ndarray:
+        """One-hot targets (n, n_classes) of labels; sets `classes_`."""
+        try:
+            check_classification_targets(y)
+            self.classes_, index = np.unique(y, return_inverse=True)
+        except TypeError as error:
+            raise InvalidInputError("y mixes labels of different types; labels of one type are wanted") from error
+        if len(self.classes_) < 2:
+            raise InvalidInputError(f"y has only one class, {self.classes_.tolist()}; at least two classes are wanted")
+        return np.eye(len(self.classes_))[index]
+
+    def _check_weights(self, sample_weight: Any, Y: np.ndarray) -> np.ndarray:
+        weights = super()._check_weights(sample_weight, Y)
+        if np.count_nonzero(weights @ Y) < 2:
+            raise InvalidInputError("only one class has samples of positive weight; at least two classes are wanted")
+        return weights
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Outputs of the network: (n, n_classes), or for two classes (n,), positive for the second."""
+        outputs = self._outputs(X)
+        return outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities (n, n_classes).
+
+        Softmax for cross-entropy, normalised sigmoids for logistic, and otherwise the Euclidean projection
+        of the outputs onto the simplex.
+        """
+        outputs = self._outputs(X)
+        if self.loss == "cross_entropy":
+            return torch.softmax(torch.from_numpy(outputs), dim=1).numpy()
+        if self.loss == "logistic":
+            log_odds = torch.nn.functional.logsigmoid(torch.from_numpy(outputs))
+            return torch.softmax(log_odds, dim=1).numpy()
+        return project_to_simplex(outputs)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class with the largest output, for each sample."""
+        outputs = self._outputs(X)
+        return self.classes_[outputs.argmax(axis=1)]
