@@ -1,0 +1,91 @@
+"""What is known of a trained stage: certificate, status, course, sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cvxnn.certificates import Certificate
+
+__all__ = ["StageResult"]
+
+
+@dataclass
+class StageResult:
+    """One stage of :class:`LayerwiseCNNClassifier`.
+
+    Attributes
+    ----------
+    number : int
+        Counted from 1.
+    method, loss : str
+    status : {"certified", "max_iter", "stationary", "time_limit", "diverged", "interrupted"}
+        "max_iter" also where all epochs of SGD were run and the gap is above `tol` (or not known).
+    certificate : Certificate or None
+        Of the stage's problem, given the stages before it; None with ``certify=False`` or after Ctrl-C.
+    trace : list of dict
+        SGD: per epoch stage, epoch, step, loss, objective, accuracy (the last three as seen in training),
+        validation_accuracy, seconds. Convex: the trace of the solver.
+    seconds, certify_seconds : float
+        Training with its preparation, and the certificate of SGD.
+    n_gates, n_columns : int
+        Gates after duplicates were merged, and columns u_j of the stage.
+    channels : int
+        Channels that the next stage sees.
+    image_shape, map_shape : tuple of int
+        (C, H, W) of the images of the stage, after downsampling, and of its maps.
+    accuracy, validation_accuracy : float or None
+        Of the stage's head on the training set without augmentation, and on the validation set.
+    features : {"pooled", "convolved", "solver"}
+        How SGD computed hidden outputs.
+    rounding : float
+        What readings of the stage's images can differ by (relative); 0 where they were kept in memory.
+    """
+
+    number: int
+    method: str
+    loss: str
+    status: str
+    certificate: Certificate | None
+    trace: list[dict[str, Any]] = field(repr=False)
+    seconds: float = 0.0
+    certify_seconds: float = 0.0
+    n_gates: int = 0
+    n_columns: int = 0
+    channels: int = 0
+    image_shape: tuple[int, ...] = ()
+    map_shape: tuple[int, ...] = ()
+    accuracy: float | None = None
+    validation_accuracy: float | None = None
+    features: str = "solver"
+    rounding: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; infinities become None."""
+        values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["certificate"] = None if self.certificate is None else self.certificate.to_dict()
+        values["trace"] = [{key: _json(value) for key, value in entry.items()} for entry in self.trace]
+        values["image_shape"], values["map_shape"] = list(self.image_shape), list(self.map_shape)
+        return {key: _json(value) for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StageResult:
+        """The inverse of :meth:`to_dict`."""
+        known = {entry.name: values[entry.name] for entry in fields(cls)}
+        if known["certificate"] is not None:
+            known["certificate"] = Certificate.from_dict(known["certificate"])
+        known["trace"] = [
+            {key: math.inf if v is None and key in _INFINITE else v for key, v in entry.items()}
+            for entry in known["trace"]
+        ]
+        known["rounding"] = math.inf if known["rounding"] is None else known["rounding"]
+        known["image_shape"], known["map_shape"] = tuple(known["image_shape"]), tuple(known["map_shape"])
+        return cls(**known)
+
+
+_INFINITE = ("primal", "relative_gap", "loss", "objective")
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
