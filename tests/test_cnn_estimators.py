@@ -1,118 +1,54 @@
-"""Convex CNNs as scikit-learn estimators, as torch modules, and on disk."""
+"""Convex CNNs as scikit-learn estimators, and on disk."""
 
-import itertools
+import copy
+import pickle
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError, SkipTestWarning
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import check_estimator
 
 import cvxnn
 from cvxnn.errors import CertificationWarning, InvalidInputError, StorageError
 from cvxnn.files import read_tensors, write_tensors
-from cvxnn.networks import TwoLayerCNN
 
 DIGITS = load_digits()
 IMAGES, LABELS = DIGITS.images[:400] / 16, DIGITS.target[:400]
 SMALL = {"n_gates": 6, "beta": 1e-4, "tol": 1e-3, "random_state": 0}
 
 
-def fast(activation):
-    """Options of a short run; ReLU problems with several outputs take long to certify."""
-    return {"solver": "bm_projected_gd", "rank": 1, "time_limit": 0.5} if activation == "relu" else {}
+PIXELS, BRIGHTNESS = IMAGES[:60], IMAGES[:60].mean((1, 2))
+#: With several outputs ReLU problems take long to certify.
+KINDS = {
+    "gated": (cvxnn.ConvexCNNClassifier, {"padding": 1}),
+    "float32": (cvxnn.ConvexCNNClassifier, {"dtype": "float32", "stride": 2}),
+    "linear": (cvxnn.ConvexCNNClassifier, {"activation": "linear", "hidden_bias": False}),
+    "relu": (cvxnn.ConvexCNNRegressor, {"activation": "relu", "filter_size": 2, "stride": 2, "pooling": (1, 1)}),
+    "no_bias": (cvxnn.ConvexCNNRegressor, {"hidden_bias": False, "output_bias": False, "loss": "huber"}),
+    "matrix": (cvxnn.ConvexCNNRegressor, {"pooling": np.eye(36)[:3].tolist(), "norms": ("l2", "l1")}),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    return {
+        name: kind(**SMALL | options).fit(PIXELS, BRIGHTNESS if kind is cvxnn.ConvexCNNRegressor else LABELS[:60])
+        for name, (kind, options) in KINDS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def model():
     return cvxnn.ConvexCNNClassifier(padding=1, **SMALL).fit(IMAGES[:300], LABELS[:300])
-
-
-def random_problem(activation, pooling, bias, dtype, **options):
-    rng = np.random.default_rng(0)
-    images, Y = rng.standard_normal((7, 2, 6, 5)), rng.standard_normal((7, 3))
-    pool = rng.standard_normal((3, 16)) if pooling == "matrix" else pooling
-    options = {"filter_size": (3, 2), "n_gates": 5, "beta": 1e-3, "output_bias": True} | options
-    return images, cvxnn.cnn_problem(
-        images, Y, activation=activation, pooling=pool, hidden_bias=bias, dtype=dtype, **options
-    )
-
-
-@pytest.mark.parametrize(
-    ("activation", "pooling", "bias", "dtype"),
-    list(
-        itertools.product(
-            ["linear", "gated_relu", "relu"], [(2, 2), (1, 1), "matrix"], [False, True], ["float32", "float64"]
-        )
-    ),
-)
-def test_networks_predict_as_their_point(activation, pooling, bias, dtype):
-    images, problem = random_problem(activation, pooling, bias, dtype)
-    result = cvxnn.solve(problem, max_iter=3, **fast(activation))
-    network = result.network()
-    assert isinstance(network, TwoLayerCNN)
-    with torch.no_grad():
-        outputs = network(torch.tensor(images))
-    op = problem.operator.double()
-    if result.Z is not None:
-        expected = op.apply(result.Z.double()) + result.intercept.double()
-    else:
-        expected = op.apply_factors(*(part.double() for part in result.factors)) + result.intercept.double()
-    assert torch.allclose(outputs.double(), expected, atol=2e-5 if dtype == "float32" else 1e-9)
-
-
-@pytest.mark.parametrize(("stride", "padding"), [(2, 0), (1, 2), ((2, 1), (1, 0))])
-def test_stride_and_padding_in_networks(stride, padding):
-    images, problem = random_problem("gated_relu", (2, 2), True, "float64", stride=stride, padding=padding)
-    result = cvxnn.solve(problem, max_iter=20)
-    with torch.no_grad():
-        outputs = result.network()(torch.tensor(images))
-    assert torch.allclose(outputs, problem.operator.apply(result.Z) + result.intercept, atol=1e-9)
-
-
-def test_a_network_equals_torch_convolution():
-    """Against conv2d, adaptive pooling and a linear layer, put together by hand."""
-    images, problem = random_problem("gated_relu", (2, 2), True, "float64", filter_size=3, padding=1)
-    network = cvxnn.solve(problem, max_iter=20).network()
-    x = torch.tensor(images)
-
-    def convolve(columns):
-        return torch.nn.functional.conv2d(x, columns[:-1].T.reshape(-1, 2, 3, 3), columns[-1], padding=1)
-
-    with torch.no_grad():
-        maps = convolve(network.hidden) * (convolve(network.gates) >= 0)[:, network.gate_index]
-        pooled = torch.nn.functional.adaptive_avg_pool2d(maps, 2).flatten(2)
-        expected = torch.einsum("nja,jca->nc", pooled, network.output.view(-1, 3, 4)) + network.bias
-        assert torch.allclose(network(x), expected, atol=1e-10)
-
-
-def test_conversions_never_round_the_gates():
-    _, problem = random_problem("gated_relu", (2, 2), True, "float64")
-    network = cvxnn.solve(problem, max_iter=5).network()
-    gates = network.gates.clone()
-    assert torch.equal(network.to(torch.float32).gates, gates)
-    assert network.hidden.dtype == torch.float32
-
-
-@pytest.mark.parametrize("shape", [(3, 6), (3, 1, 6, 5), (3, 2, 7, 5), (2, 6, 5)])
-def test_networks_refuse_other_images(shape):
-    _, problem = random_problem("gated_relu", (2, 2), True, "float64")
-    network = cvxnn.solve(problem, max_iter=5).network()
-    with pytest.raises(InvalidInputError, match=r"images"):
-        network(torch.zeros(shape))
-
-
-def test_many_images_are_taken_in_batches(monkeypatch):
-    images, problem = random_problem("gated_relu", (2, 2), True, "float64")
-    network = cvxnn.solve(problem, max_iter=5).network()
-    whole = network(torch.tensor(images))
-    monkeypatch.setattr("cvxnn.networks.cnn._BATCH_BYTES", 1)
-    assert torch.allclose(network(torch.tensor(images)), whole)
-    assert network(torch.zeros(0, 2, 6, 5)).shape == (0, 3)
 
 
 def test_digits(model):
@@ -157,13 +93,12 @@ def test_regression():
     assert both.predict(IMAGES[:3]).shape == (3, 2)
 
 
-def test_relu_and_linear():
-    for activation in ("linear", "relu"):
-        model = cvxnn.ConvexCNNClassifier(activation, filter_size=2, pooling=(1, 1), max_iter=3, **SMALL, **fast(activation))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CertificationWarning)
-            model.fit(IMAGES[:40, ::2, ::2], LABELS[:40])
-        assert model.predict(IMAGES[:3, ::2, ::2]).shape == (3,)
+@pytest.mark.parametrize("name", KINDS)
+def test_all_activations(kinds, name):
+    kind = kinds[name]
+    assert kind.result_.problem.activation == kind.activation
+    assert kind.network_.hidden.shape[1] > 0
+    assert kind.score(PIXELS, BRIGHTNESS if isinstance(kind, cvxnn.ConvexCNNRegressor) else LABELS[:60]) > 0.2
 
 
 def test_in_pipelines_and_cross_validation():
@@ -178,7 +113,7 @@ def test_in_pipelines_and_cross_validation():
         (IMAGES.reshape(400, -1), {"image_shape": (1, 8, 9)}, "64 columns; 72"),
         (IMAGES, {"image_shape": (8, 8)}, r"image_shape is \(8, 8\)"),
         (IMAGES * np.nan, {}, "NaN"),
-        ([["a", "b"]], {"image_shape": (1, 1, 2)}, "numbers"),
+        ([["a", "b"]], {"image_shape": (1, 1, 2)}, "could not convert string"),
         (IMAGES, {"filter_size": 9}, "filter_size"),
         (IMAGES, {"pooling": (9, 1)}, "pooling is 9 x 1"),
         (IMAGES, {"stride": 0}, "stride is 0"),
@@ -186,7 +121,10 @@ def test_in_pipelines_and_cross_validation():
         (IMAGES, {"scale": "bytes"}, "scale is 'bytes'"),
         (IMAGES, {"scale": -1.0}, "scale is -1.0"),
         (IMAGES, {"loss": "hinge"}, "loss is 'hinge'"),
-        (IMAGES[:0], {}, "shape|0 sample|inconsistent"),
+        (IMAGES[:0], {}, r"Found array with 0 sample\(s\)"),
+        (IMAGES[:, 0, 0], {"image_shape": (1, 1, 1)}, "Expected 2D array"),
+        (IMAGES[:, None, None], {}, r"X has shape \(400, 1, 1, 8, 8\)"),
+        (IMAGES + 1j, {}, "Complex data not supported"),
     ],
 )
 def test_careless_input(X, options, message):
@@ -204,23 +142,123 @@ def test_one_class_and_wrong_lengths():
 
 
 def test_new_images_of_another_shape_are_refused(model):
-    with pytest.raises(InvalidInputError, match="images of shape"):
+    with pytest.raises(InvalidInputError, match=r"X has images of shape \(1, 9, 8\); \(1, 8, 8\) is wanted"):
         model.predict(np.zeros((2, 9, 8)))
+    with pytest.raises(ValueError, match="X has 63 features, but ConvexCNNClassifier is expecting 64"):
+        model.predict(np.zeros((2, 63)))
+    with pytest.raises(ValueError, match="NaN"):
+        model.predict(np.full((2, 8, 8), np.nan))
+    with pytest.raises(NotFittedError):
+        cvxnn.ConvexCNNClassifier().predict(IMAGES)
 
 
-@pytest.mark.parametrize("activation", ["gated_relu", "linear", "relu"])
-def test_saved_models_predict_the_same(tmp_path, activation):
-    model = cvxnn.ConvexCNNClassifier(activation, filter_size=2, stride=2, max_iter=3, **SMALL, **fast(activation))
+def test_sparse_rows_are_refused():
+    with pytest.raises(TypeError, match="Sparse data was passed"):
+        cvxnn.ConvexCNNClassifier(image_shape=(1, 8, 8)).fit(sparse.csr_array(IMAGES.reshape(400, -1)), LABELS)
+
+
+def test_data_frames_of_pixels():
+    names = [f"pixel{i}" for i in range(64)]
+    frame = pd.DataFrame(PIXELS.reshape(60, -1), columns=names)
+    rows = cvxnn.ConvexCNNClassifier(image_shape=(1, 8, 8), **SMALL).fit(frame, pd.Series(LABELS[:60]))
+    assert rows.feature_names_in_.tolist() == names
+    same = clone(rows).fit(PIXELS, LABELS[:60])
+    assert np.array_equal(rows.decision_function(frame), same.decision_function(PIXELS))
+    with pytest.raises(ValueError, match="feature names should match"):
+        rows.predict(frame[names[::-1]])
+
+
+def test_lists_and_copies(kinds):
+    fitted = kinds["gated"]
+    for other in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+        assert np.array_equal(other.decision_function(PIXELS.tolist()), fitted.decision_function(PIXELS))
+
+
+def test_sample_weights():
+    """A weight of two is a second copy, a weight of zero none."""
+    weights = np.random.default_rng(0).integers(0, 3, 60)
+    weighted = cvxnn.ConvexCNNClassifier(**SMALL).fit(PIXELS, LABELS[:60], sample_weight=weights)
+    repeated = clone(weighted).fit(np.repeat(PIXELS, weights, 0), np.repeat(LABELS[:60], weights))
+    assert np.array_equal(weighted.decision_function(PIXELS), repeated.decision_function(PIXELS))
+
+
+def test_many_images_are_not_merged(monkeypatch):
+    gates = np.random.default_rng(0).standard_normal((10, 4))
+    merged = cvxnn.ConvexCNNRegressor(gates=gates, beta=1e-3, tol=1e-6).fit(PIXELS, BRIGHTNESS)
+    monkeypatch.setattr("cvxnn.estimators.cnn._MERGED", 100)
+    twice = clone(merged).fit(np.r_[PIXELS, PIXELS], np.r_[BRIGHTNESS, BRIGHTNESS])
+    assert twice.result_.problem.n_samples == 120
+    assert np.allclose(twice.predict(PIXELS), merged.predict(PIXELS), atol=1e-3)
+
+
+def test_a_quantile_needs_no_care_without_hidden_bias(kinds):
+    assert kinds["no_bias"].gate_quantile == 0.5
+    assert kinds["no_bias"].result_.status == "certified"
+
+
+def test_warning_when_not_certified():
+    with pytest.warns(CertificationWarning, match="'max_iter' at a relative duality gap of .* above tol=1e-09"):
+        cvxnn.ConvexCNNRegressor(solver="fista", max_iter=2, tol=1e-9, n_gates=3).fit(PIXELS, BRIGHTNESS)
+
+
+@pytest.mark.parametrize("y", [np.ones((60, 2, 2)), np.full(60, np.nan), np.array(["a"] * 60), None], ids=str)
+def test_targets_that_are_no_numbers(y):
+    with pytest.raises(ValueError, match=r"y|NaN|string|dim"):
+        cvxnn.ConvexCNNRegressor(**SMALL).fit(PIXELS, y)
+
+
+class Rows:
+    """Rows of any length as images of a single row that is one patch, for the checks of scikit-learn."""
+
+    def fit(self, X, y, sample_weight=None):
+        given, shape = self.get_params(), X.shape if hasattr(X, "shape") else np.array(X).shape
+        n_columns = max(1, shape[1]) if len(shape) == 2 else 1
+        try:
+            self.set_params(image_shape=(1, 1, n_columns), filter_size=(1, n_columns))
+            return super().fit(X, y, sample_weight)
+        finally:
+            self.set_params(**given)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        return tags
+
+
+class RowClassifier(Rows, cvxnn.ConvexCNNClassifier):
+    pass
+
+
+class RowRegressor(Rows, cvxnn.ConvexCNNRegressor):
+    pass
+
+
+@pytest.mark.parametrize("kind", [RowClassifier, RowRegressor])
+@pytest.mark.filterwarnings("default::cvxnn.errors.CertificationWarning")
+def test_check_estimator(kind):
+    """No expected failures."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CertificationWarning)
-        model.fit(IMAGES[:60], LABELS[:60])
-    loaded = cvxnn.load(cvxnn.save(model, tmp_path / "model.safetensors"))
-    assert np.array_equal(loaded.predict_proba(IMAGES), model.predict_proba(IMAGES))
-    assert loaded.certificate_ == model.certificate_
-    assert loaded.get_params() == model.get_params()
-    network = cvxnn.load(cvxnn.save(model.network_, tmp_path / "network.safetensors"))
-    images = torch.tensor(IMAGES[:5, None])
-    assert torch.equal(network(images), model.network_(images))
+        warnings.simplefilter("ignore", SkipTestWarning)
+        results = check_estimator(kind(pooling=1, n_gates=20, random_state=0), on_fail=None)
+    failed = [r for r in results if r["status"] not in {"passed", "skipped"}]
+    assert not failed, "\n".join(f"{r['check_name']}: {r['exception']!r}" for r in failed)
+    assert sum(r["status"] == "passed" for r in results) > 40
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saved_models_predict_the_same(tmp_path, kinds, name):
+    kind = kinds[name]
+    loaded = cvxnn.load(cvxnn.save(kind, tmp_path / "model.safetensors"))
+    for method in ("predict", "predict_proba", "decision_function"):
+        if hasattr(kind, method):
+            assert np.array_equal(getattr(loaded, method)(IMAGES), getattr(kind, method)(IMAGES))
+    assert loaded.certificate_ == kind.certificate_
+    assert torch.equal(loaded.dual_, kind.result_.dual)
+    assert loaded.get_params() == kind.get_params()
+    for attribute in ("image_shape_", "scale_", "n_features_in_", "n_iter_"):
+        assert getattr(loaded, attribute) == getattr(kind, attribute)
+    again = cvxnn.save(loaded, tmp_path / "again.safetensors")
+    assert again.read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

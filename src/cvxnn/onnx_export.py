@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from cvxnn._version import __version__
 from cvxnn.errors import DependencyError, InvalidInputError
 from cvxnn.files import write_atomically
-from cvxnn.networks import TwoLayerNetwork
+from cvxnn.networks import TwoLayerCNN, TwoLayerNetwork
 
 __all__ = ["export_onnx"]
 
@@ -30,9 +32,13 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> Path:
     outputs of the network: for a classifier column j belongs to class j of the "classes" in the metadata of
     the file, in JSON. Preprocessing of tables is not part of the network.
 
+    For a CNN "x" are images (n, channels, H, W), multiplied with the "scale" in the metadata. Height and width
+    are free in the file where neither the model nor the map of patches says which they are, as for the bare
+    network of a convolution with strides; images of another size than in training are then cut or refused.
+
     Parameters
     ----------
-    model : fitted estimator of cvxnn, or TwoLayerNetwork
+    model : fitted estimator of cvxnn, TwoLayerNetwork or TwoLayerCNN
     path : str or path
         A file that exists is replaced, in one step.
 
@@ -56,8 +62,11 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> Path:
     except ImportError as error:
         raise DependencyError("export_onnx needs the package onnx: pip install 'cvxnn[onnx]'") from error
     graph = _Graph(onnx)
-    _add_network(graph, network)
-    document = graph.finish(network, _metadata(model))
+    if isinstance(network, TwoLayerCNN):
+        shape = _add_cnn(graph, network, getattr(model, "image_shape_", None))
+    else:
+        shape = _add_network(graph, network)
+    document = graph.finish(network, shape, _metadata(model))
     return write_atomically(path, lambda temporary: _write(temporary, document))
 
 
@@ -65,13 +74,13 @@ def _write(path: Path, document: bytes) -> None:
     path.write_bytes(document)
 
 
-def _network_of(model: Any) -> TwoLayerNetwork:
+def _network_of(model: Any) -> TwoLayerNetwork | TwoLayerCNN:
     network = model if isinstance(model, torch.nn.Module) else getattr(model, "network_", None)
     if network is None and hasattr(model, "get_params"):
         raise InvalidInputError(f"model is a {type(model).__name__} that is not fitted; call fit before export_onnx")
-    if not isinstance(network, TwoLayerNetwork):
+    if not isinstance(network, (TwoLayerNetwork, TwoLayerCNN)):
         raise InvalidInputError(
-            f"model is a {type(model).__name__}; a fitted estimator of cvxnn or a TwoLayerNetwork is wanted"
+            f"model is a {type(model).__name__}; a fitted estimator of cvxnn or one of its networks is wanted"
         )
     if network.hidden.dtype not in (torch.float32, torch.float64):
         raise InvalidInputError(f"model has weights of {network.hidden.dtype}; float32 or float64 is wanted")
@@ -82,9 +91,10 @@ def _network_of(model: Any) -> TwoLayerNetwork:
 
 
 def _metadata(model: Any) -> dict[str, str]:
-    """Class labels and feature names, where the model has them, as JSON."""
-    names = {"classes": "classes_", "feature_names": "feature_names_in_"}
-    return {key: json.dumps(getattr(model, name).tolist()) for key, name in names.items() if hasattr(model, name)}
+    """Class labels, feature names and the scale of images, where the model has them, as JSON."""
+    names = {"classes": "classes_", "feature_names": "feature_names_in_", "scale": "scale_"}
+    found = {key: getattr(model, name) for key, name in names.items() if hasattr(model, name)}
+    return {key: json.dumps(np.asarray(value).tolist()) for key, value in found.items()}
 
 
 class _Graph:
@@ -115,15 +125,14 @@ class _Graph:
         kinds = {torch.float32: self.onnx.TensorProto.FLOAT, torch.float64: self.onnx.TensorProto.DOUBLE}
         return kinds[dtype]
 
-    def finish(self, network: TwoLayerNetwork, metadata: dict[str, str]) -> bytes:
-        """The checked model, serialised."""
+    def finish(self, network: TwoLayerNetwork | TwoLayerCNN, shape: list[int | str], metadata: dict[str, str]) -> bytes:
+        """The checked model, serialised; `shape` is that of a sample."""
         helper, kind = self.onnx.helper, self.type(network.hidden.dtype)
-        n_features, n_outputs = len(network.hidden) - network.hidden_bias, len(network.bias)
         graph = helper.make_graph(
             self.nodes,
             "two_layer_network",
-            [helper.make_tensor_value_info("x", kind, ["n", n_features])],
-            [helper.make_tensor_value_info("y", kind, ["n", n_outputs])],
+            [helper.make_tensor_value_info("x", kind, ["n", *shape])],
+            [helper.make_tensor_value_info("y", kind, ["n", len(network.bias)])],
             self.constants,
         )
         model = helper.make_model(
@@ -138,34 +147,98 @@ class _Graph:
         return model.SerializeToString()
 
 
-def _add_network(graph: _Graph, network: TwoLayerNetwork) -> None:
-    """The operations of ``TwoLayerNetwork.forward``, from "x" to "y"."""
+def _add_network(graph: _Graph, network: TwoLayerNetwork) -> list[int | str]:
+    """The operations of ``TwoLayerNetwork.forward``, from "x" to "y"; the shape of a sample."""
+
+    def hidden() -> str:
+        return _add_hidden(graph, network, _add_hidden_bias(graph, network, "x", [0, 0, 0, 1]), axis=1)
+
+    _add_outputs(graph, network, network.output, hidden)
+    return [len(network.hidden) - network.hidden_bias]
+
+
+def _add_cnn(graph: _Graph, network: TwoLayerCNN, image_shape: tuple[int, int, int] | None) -> list[int | str]:
+    """The operations of ``TwoLayerCNN.forward``, from "x" to "y"; the shape of an image."""
+    cells, c = len(network.pooling), len(network.bias)
+    weights = network.output.view(-1, c, cells).permute(2, 0, 1).flatten(0, 1)
+
+    def pooled() -> str:
+        patches = _add_hidden_bias(graph, network, _add_patches(graph, network), [0, 0, 0, 0, 0, 1])
+        maps = _add_hidden(graph, network, patches, axis=2)
+        cellwise = graph.node("MatMul", [graph.constant("pooling", network.pooling), maps], "pooled")
+        return graph.node("Reshape", [cellwise, graph.constant("flat", [0, len(weights)])], "features")
+
+    _add_outputs(graph, network, weights, pooled)
+    return [network.channels, *(_image_size(network) if image_shape is None else image_shape[1:])]
+
+
+def _image_size(network: TwoLayerCNN) -> list[int | str]:
+    """Height and width of the images; a name for a side that several sizes with the same map have."""
+    geometry, sizes = network.geometry, _used_size(network)
+    sides = zip(("height", "width"), sizes, geometry.stride, geometry.padding, strict=True)
+    return [name if stride > 1 else size - 2 * p for name, size, stride, p in sides]
+
+
+def _used_size(network: TwoLayerCNN) -> list[int]:
+    """Height and width of the part of the padded images that patches reach."""
+    geometry = network.geometry
+    sides = zip(network.grid, geometry.stride, geometry.filter_size, strict=True)
+    return [(cells - 1) * stride + size for cells, stride, size in sides]
+
+
+def _add_patches(graph: _Graph, network: TwoLayerCNN) -> str:
+    """Patches (n, K, h): a convolution in float64 is something that not every runtime has."""
+    (top, left), used = network.geometry.padding, _used_size(network)
+    sides = graph.constant("image_padding", [0, 0, top, left, 0, 0, top, left])
+    zero = graph.constant("pixel", torch.zeros((), dtype=network.hidden.dtype))
+    padded = graph.node("Pad", ["x", sides, zero], "padded")
+    bounds = [graph.constant(name, values) for name, values in (("start", [0, 0]), ("stop", used), ("axes", [2, 3]))]
+    reached = graph.node("Slice", [padded, *bounds], "reached")
+    n_pixels = network.channels * used[0] * used[1]
+    pixels = graph.node("Reshape", [reached, graph.constant("row", [0, n_pixels])], "pixels")
+    # Where patches find their pixels: the geometry itself, applied to the numbers of the pixels.
+    numbers = torch.arange(n_pixels, dtype=torch.float64).view(1, network.channels, *used)
+    places = replace(network.geometry, padding=(0, 0), bias=False)(numbers)[0]
+    return graph.node("Gather", [pixels, graph.constant("places", places.long())], "patches", axis=1)
+
+
+def _add_hidden_bias(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: str, sides: list[int]) -> str:
+    if not network.hidden_bias:
+        return samples
+    one = graph.constant("one", torch.ones((), dtype=network.hidden.dtype))
+    return graph.node("Pad", [samples, graph.constant("padding", sides), one], "samples")
+
+
+def _add_hidden(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: str, axis: int) -> str:
+    """Activations of the hidden layer; `axis` is that of the neurons."""
+    hidden = graph.node("MatMul", [samples, graph.constant("hidden_weights", network.hidden)], "hidden")
+    if network.relu:
+        hidden = graph.node("Relu", [hidden], "activations")
+    if network.gates is not None:
+        hidden = graph.node("Mul", [hidden, _add_gates(graph, network, samples, axis)], "gated")
+    return hidden
+
+
+def _add_outputs(
+    graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, weights: torch.Tensor, features: Callable[[], str]
+) -> None:
+    """The output layer; without neurons the bias alone."""
     bias = graph.constant("bias", network.bias)
     if network.hidden.shape[1] == 0:
         n_samples = graph.node("Shape", ["x"], "n_samples", start=0, end=1)
         shape = graph.node("Concat", [n_samples, graph.constant("n_outputs", [len(network.bias)])], "shape", axis=0)
         graph.node("Expand", [bias, shape], "y")
         return
-    dtype = network.hidden.dtype
-    samples = "x"
-    if network.hidden_bias:
-        one = graph.constant("one", torch.ones((), dtype=dtype))
-        samples = graph.node("Pad", ["x", graph.constant("padding", [0, 0, 0, 1]), one], "samples")
-    hidden = graph.node("MatMul", [samples, graph.constant("hidden_weights", network.hidden)], "hidden")
-    if network.relu:
-        hidden = graph.node("Relu", [hidden], "activations")
-    if network.gates is not None:
-        hidden = graph.node("Mul", [hidden, _add_gates(graph, network, samples)], "gated")
-    outputs = graph.node("MatMul", [hidden, graph.constant("output_weights", network.output)], "outputs")
+    outputs = graph.node("MatMul", [features(), graph.constant("output_weights", weights)], "outputs")
     graph.node("Add", [outputs, bias], "y")
 
 
-def _add_gates(graph: _Graph, network: TwoLayerNetwork, samples: str) -> str:
-    """Ones and zeros (n, m): whether the gate of each neuron is active."""
+def _add_gates(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: str, axis: int) -> str:
+    """Ones and zeros: whether the gate of each neuron is active."""
     rounded = graph.cast(samples, "rounded", network.sample_dtype)
     exact = graph.cast(rounded, "exact", torch.float64)
     products = graph.node("MatMul", [exact, graph.constant("gates", network.gates)], "products")
     zero = graph.constant("zero", np.zeros((), dtype=np.float64))
     active = graph.node("GreaterOrEqual", [products, zero], "active")
     numbers = graph.cast(active, "numbers", network.hidden.dtype)
-    return graph.node("Gather", [numbers, graph.constant("gate_index", network.gate_index)], "masks", axis=1)
+    return graph.node("Gather", [numbers, graph.constant("gate_index", network.gate_index)], "masks", axis=axis)

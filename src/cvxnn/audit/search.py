@@ -13,8 +13,8 @@ from cvxnn.audit.cells import live_point, neuron_bits, place
 from cvxnn.audit.descent import descend
 from cvxnn.audit.task import Point, Task
 from cvxnn.cone_witness import best_step
-from cvxnn.neurons import distinct_neurons
 from cvxnn.networks import TwoLayerNetwork
+from cvxnn.neurons import distinct_neurons
 from cvxnn.patterns import deduplicate_gates
 from cvxnn.problem import Problem
 from cvxnn.solvers import solve

@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import RegressorMixin
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from sklearn.base import MultiOutputMixin, RegressorMixin
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cvxnn.errors import InvalidInputError
 from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator
 from cvxnn.problems import cnn_problem
 from cvxnn.samples import merge_duplicates
 from cvxnn.solvers import solve
-from cvxnn.validation import as_matrix, check_positive, read_images
+from cvxnn.validation import check_positive, read_images
 
 __all__ = ["ConvexCNN", "ConvexCNNClassifier", "ConvexCNNRegressor"]
 
 #: Up to so many pixels images that occur more than once are merged.
 _MERGED = 2**25
+#: Types in which images are kept as they are; others become the first.
+_TYPES = [np.float64, np.float32, np.uint8]
 
 
 class ConvexCNN(ConvexEstimator):
@@ -85,8 +88,15 @@ class ConvexCNN(ConvexEstimator):
         self.device = device
         self.verbose = verbose
 
-    def _read_images(self, X: Any) -> np.ndarray:
-        """Images (n, channels, H, W) as they are given; sets the shape and the scale."""
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = self.image_shape is not None
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def _validate(self, X: Any, y: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Images (n, channels, H, W) as they are given, and y; sets the shape and the scale."""
+        X, y = validate_data(self, _array(X), y, dtype=_TYPES, allow_nd=True, **options)
         images = read_images(X, self.image_shape)
         self.image_shape_ = images.shape[1:]
         self.n_features_in_ = int(np.prod(self.image_shape_))
@@ -96,7 +106,7 @@ class ConvexCNN(ConvexEstimator):
             self.scale_ = 1 / 255 if images.dtype == np.uint8 else 1.0
         else:
             self.scale_ = 1.0 if self.scale is None else check_positive(self.scale, "scale")
-        return images
+        return images, y
 
     def _scaled(self, images: np.ndarray) -> np.ndarray:
         kind = "float32" if self.dtype == "float32" else "float64"
@@ -137,6 +147,10 @@ class ConvexCNN(ConvexEstimator):
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
+        X = _array(X)
+        # The number of columns of rows of pixels is checked here, the shape of images below.
+        rows = getattr(X, "ndim", 2) <= 2
+        X = validate_data(self, X, dtype=_TYPES, allow_nd=True, ensure_2d=rows, reset=False)
         images = read_images(X, self.image_shape_)
         if images.shape[1:] != self.image_shape_:
             raise InvalidInputError(f"X has images of shape {images.shape[1:]}; {self.image_shape_} is wanted")
@@ -146,6 +160,13 @@ class ConvexCNN(ConvexEstimator):
                 batch = torch.from_numpy(self._scaled(part)).to(self.network_.bias.device)
                 outputs.append(self.network_(batch).double().cpu().numpy())
         return np.concatenate(outputs)
+
+
+def _array(X: Any) -> Any:
+    """Tensors and lists as arrays."""
+    if isinstance(X, torch.Tensor):
+        return X.detach().cpu().numpy()
+    return np.asarray(X) if isinstance(X, (list, tuple)) else X
 
 
 class ConvexCNNClassifier(ConvexClassifier, ConvexCNN):
@@ -218,13 +239,12 @@ class ConvexCNNClassifier(ConvexClassifier, ConvexCNN):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexCNNClassifier:
         """Train on images X, (n, channels, H, W), (n, H, W) or rows, and labels y (n,), numbers or strings."""
-        images = self._read_images(X)
-        check_consistent_length(images, y)
-        self._fit_targets(images, self._encode(column_or_1d(y, warn=True)), sample_weight)
+        images, y = self._validate(X, y)
+        self._fit_targets(images, self._encode(y), sample_weight)
         return self
 
 
-class ConvexCNNRegressor(RegressorMixin, ConvexCNN):
+class ConvexCNNRegressor(RegressorMixin, MultiOutputMixin, ConvexCNN):
     """A two-layer CNN regressor trained to a certified distance from the global optimum.
 
     Parameters and attributes are those of :class:`ConvexCNNClassifier`, without classes; `loss` is "squared" or
@@ -235,11 +255,9 @@ class ConvexCNNRegressor(RegressorMixin, ConvexCNN):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexCNNRegressor:
         """Train on images X, (n, channels, H, W), (n, H, W) or rows, and targets y, (n,) or (n, c)."""
-        images = self._read_images(X)
-        check_consistent_length(images, y)
-        targets = np.asarray(y)
-        self._single_output = targets.ndim == 1
-        self._fit_targets(images, as_matrix(targets.reshape(len(targets), -1), "y"), sample_weight)
+        images, y = self._validate(X, y, multi_output=True, y_numeric=True)
+        self._single_output = y.ndim == 1
+        self._fit_targets(images, np.asarray(y, dtype=np.float64).reshape(len(y), -1), sample_weight)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

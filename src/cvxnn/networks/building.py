@@ -58,5 +58,7 @@ def build_network(
     )
     op = problem.operator
     if isinstance(op, CNNOperator):
-        return TwoLayerCNN(*arguments, op.geometry, op.pooling.clone(), problem.dtype, relu)
+        height, width = op.images.shape[2:]
+        grid = op.geometry.grid(height, width)
+        return TwoLayerCNN(*arguments, op.geometry, op.pooling.clone(), grid, problem.dtype, relu)
     return TwoLayerNetwork(*arguments, problem.hidden_bias, problem.dtype, relu)

@@ -36,6 +36,8 @@ class TwoLayerCNN(GatedModule):
     geometry : PatchGeometry
         Filter size, stride, padding and hidden bias.
     pooling : torch.Tensor of shape (a, K)
+    grid : pair of int
+        Rows and columns of the map of patches, K in all.
     sample_dtype : torch.dtype, optional
         Type of the images in training, by default that of `hidden`. Images are rounded to it before their gates are
         computed in float64, whatever type the module is converted to later.
@@ -55,6 +57,7 @@ class TwoLayerCNN(GatedModule):
         gate_index: torch.Tensor | None,
         geometry: PatchGeometry,
         pooling: torch.Tensor,
+        grid: tuple[int, int],
         sample_dtype: torch.dtype | None = None,
         relu: bool = False,
     ) -> None:
@@ -63,6 +66,7 @@ class TwoLayerCNN(GatedModule):
         self.output = nn.Parameter(output.contiguous())
         self.bias = nn.Parameter(bias)
         self.geometry = geometry
+        self.grid = grid
         self.sample_dtype = hidden.dtype if sample_dtype is None else sample_dtype
         self.relu = relu
         self.register_buffer("gates", None if gates is None else gates.contiguous())
@@ -86,20 +90,20 @@ class TwoLayerCNN(GatedModule):
         Raises
         ------
         InvalidInputError
-            Not images with as many channels, or of another size than in training.
+            Not images with as many channels, or of a size that gives another map of patches than in training.
         """
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise InvalidInputError(
                 f"images have shape {tuple(images.shape)}; (n, {self.channels}, height, width) is wanted"
             )
-        height, width = self.geometry.grid(*images.shape[2:])
-        n_patches = self.pooling.shape[1]
-        if height * width != n_patches:
+        grid = self.geometry.grid(*images.shape[2:])
+        if grid != self.grid:
             raise InvalidInputError(
-                f"images of {images.shape[2]} x {images.shape[3]} give {height * width} patches; {n_patches}, as in "
-                "training, are wanted"
+                f"images of {images.shape[2]} x {images.shape[3]} give {grid[0]} x {grid[1]} patches; "
+                f"{self.grid[0]} x {self.grid[1]}, as in training, are wanted"
             )
-        per_image = 8 * n_patches * (2 * len(self.hidden) + 2 * len(self.output) + 1)
+        n_gates = 0 if self.gates is None else self.gates.shape[1]
+        per_image = 8 * self.pooling.shape[1] * (2 * len(self.hidden) + 2 * len(self.output) + 2 * n_gates + 1)
         batches = row_batches(len(images), per_image, _BATCH_BYTES) if len(images) else [slice(0, 0)]
         outputs = [self._outputs(images[rows]) for rows in batches]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

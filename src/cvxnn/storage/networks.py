@@ -44,7 +44,9 @@ def pack_network(network: TwoLayerNetwork | TwoLayerCNN, arrays: dict[str, np.nd
         raise InvalidInputError(f"model has a network with sample_dtype {sample_dtype}; float32 or float64 is wanted")
     arrays.update({f"network.{name}": tensor.numpy() for name, tensor in weights.items()})
     header = {"hidden_bias": bool(network.hidden_bias), "sample_dtype": sample_dtype, "relu": bool(network.relu)}
-    return header | ({"geometry": network.geometry.to_dict()} if isinstance(network, TwoLayerCNN) else {})
+    if isinstance(network, TwoLayerCNN):
+        header |= {"geometry": network.geometry.to_dict(), "grid": list(network.grid)}
+    return header
 
 
 def unpack_network(
@@ -63,7 +65,11 @@ def unpack_network(
     layers = weights["hidden"], weights["output"], weights["bias"], weights.get("gates"), weights.get("gate_index")
     relu = "relu" in fields and read_field(fields, "relu", bool)
     if geometry is not None:
-        return TwoLayerCNN(*layers, geometry, weights["pooling"], _DTYPES[sample_dtype], relu)
+        grid = _read_pair(fields, "grid", 1)
+        pooling = weights["pooling"]
+        if pooling.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"its pooling has {pooling.shape[1]} columns; {grid[0]} x {grid[1]} are wanted")
+        return TwoLayerCNN(*layers, geometry, pooling, grid, _DTYPES[sample_dtype], relu)
     return TwoLayerNetwork(*layers, read_field(fields, "hidden_bias", bool), _DTYPES[sample_dtype], relu)
 
 
@@ -72,22 +78,27 @@ def _geometry_of(network: TwoLayerNetwork | TwoLayerCNN) -> PatchGeometry | None
 
 
 def _read_geometry(fields: dict[str, Any]) -> PatchGeometry:
-    pairs = []
-    for name, least in (("filter_size", 1), ("stride", 1), ("padding", 0)):
-        pair = read_field(fields, name, list)
-        whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= least for side in pair)
-        if len(pair) != 2 or not whole:
-            raise ValueError(f"its {name} is {str(pair)[:60]}; two whole numbers are wanted")
-        pairs.append((pair[0], pair[1]))
-    return PatchGeometry(pairs[0], pairs[1], pairs[2], read_field(fields, "bias", bool))
+    return PatchGeometry(
+        _read_pair(fields, "filter_size", 1),
+        _read_pair(fields, "stride", 1),
+        _read_pair(fields, "padding", 0),
+        read_field(fields, "bias", bool),
+    )
+
+
+def _read_pair(fields: dict[str, Any], name: str, least: int) -> tuple[int, int]:
+    pair = read_field(fields, name, list)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= least for side in pair)
+    if len(pair) != 2 or not whole:
+        raise ValueError(f"its {name} is {str(pair)[:60]}; two whole numbers of at least {least} are wanted")
+    return pair[0], pair[1]
 
 
 def check_image_shape(network: TwoLayerCNN, shape: tuple[Any, ...]) -> None:
     """Refuse a shape (channels, H, W) that the network does not take."""
     if len(shape) != 3 or not all(isinstance(side, int) and side >= 1 for side in shape):
         raise ValueError(f"its image_shape_ is {str(shape)[:60]}; three whole numbers are wanted")
-    height, width = network.geometry.grid(shape[1], shape[2])
-    if shape[0] != network.channels or height * width != network.pooling.shape[1]:
+    if shape[0] != network.channels or network.geometry.grid(shape[1], shape[2]) != network.grid:
         raise ValueError(f"its images have shape {shape}, which its network does not take")
 
 
@@ -95,7 +106,7 @@ def _check_weights(weights: dict[str, torch.Tensor], geometry: PatchGeometry | N
     cells = 1
     if geometry is not None:
         pooling = weights.get("pooling")
-        if pooling is None or pooling.ndim != 2:
+        if pooling is None or pooling.ndim != 2 or pooling.numel() == 0:
             raise ValueError("it has no pooling matrix")
         cells = len(pooling)
         area = geometry.filter_size[0] * geometry.filter_size[1]
@@ -109,8 +120,11 @@ def _check_weights(weights: dict[str, torch.Tensor], geometry: PatchGeometry | N
     ranks = (hidden.ndim, output.ndim, bias.ndim)
     if ranks != (2, 2, 1) or hidden.shape[1] != len(output) or output.shape[1] != cells * len(bias):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, output, bias))
-        raise ValueError(f"its layers have shapes {shapes}; (d, m), (m, c), (c,) are wanted")
-    if hidden.dtype not in _DTYPES.values() or not hidden.dtype == output.dtype == bias.dtype:
+        raise ValueError(
+            f"its layers have shapes {shapes}; (d, m), (m, {'c' if cells == 1 else f'{cells} c'}), (c,) are wanted"
+        )
+    types = {tensor.dtype for tensor in (hidden, output, bias, weights.get("pooling", bias))}
+    if len(types) > 1 or not types <= set(_DTYPES.values()):
         raise ValueError("the types of its layers differ, or are not float32 or float64")
     if "gates" not in weights:
         return
