@@ -18,9 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cvxnn._version import __version__
 from cvxnn.cli.options import Json, folder
 from cvxnn.cli.report import INTERRUPTED, NOT_CERTIFIED, Report, check_folder, output_folder, print_error, write_json
+from cvxnn.cli.reproduce_layerwise import chosen_grid, layerwise_runner, say_estimates, say_layerwise
 from cvxnn.errors import InvalidInputError
 from cvxnn.experiments.complexity import COMPLEXITY_SCALES, run_complexity
 from cvxnn.experiments.complexity_report import complexity_summary, write_complexity_report
+from cvxnn.experiments.layerwise import run_layerwise
+from cvxnn.experiments.layerwise_report import layerwise_summary, write_layerwise_report
+from cvxnn.experiments.layerwise_settings import LAYERWISE_SCALES
 from cvxnn.experiments.networks import NETWORKS_SCALES, run_networks
 from cvxnn.experiments.networks_report import networks_summary, write_networks_report
 from cvxnn.experiments.report import summary_of, write_report
@@ -30,7 +34,7 @@ from cvxnn.validation import check_choice
 
 __all__ = ["STUDIES", "reproduce"]
 
-STUDIES = ("spiral", "complexity", "networks")
+STUDIES = ("spiral", "complexity", "networks", "layerwise")
 _BACKEND_HELP = "Backend of joblib: loky, multiprocessing, threading, or dask or ray where they are installed."
 
 Rows = list[dict[str, Any]]
@@ -55,12 +59,15 @@ class _Study:
 
 def reproduce(
     study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="One of: spiral, complexity, networks.", show_default=False)
+        str,
+        typer.Argument(metavar="STUDY", help="One of: spiral, complexity, networks, layerwise.", show_default=False),
     ],
-    scale: Annotated[str, typer.Option(help="quick (at most two minutes on two cores) or paper.")] = "quick",
+    scale: Annotated[
+        str, typer.Option(help="quick (minutes on two cores), paper, or for layerwise also convex.")
+    ] = "quick",
     data_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of data sets, for studies that need one; these generate theirs."),
+        typer.Option(metavar="DIR", help="Folder of the image data sets of layerwise; the others generate theirs."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -72,6 +79,12 @@ def reproduce(
     reduction: Annotated[
         str | None, typer.Option(help="Spiral: sum (default) or mean of the losses; beta is not rescaled.")
     ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Layerwise: one data set of the scale only.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Layerwise: the first stages only.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Layerwise: another seed.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Layerwise: estimate memory and time, and compute nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
 ) -> int:
@@ -83,18 +96,26 @@ def reproduce(
         raise InvalidInputError(f"--data-dir is {str(data_dir)!r}, which is no folder; a folder is wanted")
     if reduction is not None and study != "spiral":
         raise InvalidInputError(f"--reduction is {reduction!r}, but STUDY is {study!r}; it is for 'spiral' only")
+    if study != "layerwise" and (dry_run or any(value is not None for value in (dataset, stages, seed))):
+        raise InvalidInputError(f"--dataset, --stages, --seed, --dry-run are for 'layerwise'; STUDY is {study!r}")
+    grid = chosen.scales[scale]
+    run = chosen.run
+    if study == "layerwise":
+        grid, note = chosen_grid(grid, dataset, stages, seed, None if data_dir is None else str(data_dir))
+        if dry_run:
+            return say_estimates(Report(as_json, quiet=quiet), grid)
+        run = layerwise_runner(None if data_dir is None else str(data_dir), note, quiet or as_json)
     target = Path("results") / study if out is None else out
     check_folder(target)
     with backend_context(backend, jobs):  # refused before anything is written
         pass
-    grid = chosen.scales[scale]
     grid = grid if reduction is None else dataclasses.replace(grid, reduction=reduction)
     report = Report(as_json, quiet=quiet)
     begin = time.perf_counter()
     bar = _Bar(len(grid.cells()), study, hidden=quiet or (as_json and not sys.stderr.isatty()))
     try:
         with bar:
-            rows = chosen.run(grid, target / "cells", resume=resume, jobs=jobs, backend=backend, done=bar.advance)
+            rows = run(grid, target / "cells", resume=resume, jobs=jobs, backend=backend, done=bar.advance)
     except KeyboardInterrupt:
         message = f"interrupted with {bar.n_done} of {bar.total} cells done; --resume goes on from there"
         return print_error(message, INTERRUPTED, as_json)
@@ -215,6 +236,15 @@ def _studies() -> dict[str, _Study]:
             _networks_missed,
             _say_networks,
             cells="cells",
+        ),
+        "layerwise": _Study(
+            LAYERWISE_SCALES,
+            run_layerwise,
+            write_layerwise_report,
+            layerwise_summary,
+            lambda document, grid: "",
+            say_layerwise,
+            cells="trainings",
         ),
     }
 

@@ -84,8 +84,14 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         so after convex stages.
     scale : float or "auto"
         Factor of the pixels; "auto" is 1/255 for 8-bit ones and 1 for others.
-    standardize : bool
-        Subtract the mean of each channel and divide by its standard deviation.
+    map_pooling : None, int or (size, stride), or a list with one per stage
+        Average pooling of the maps of a stage before the next stage sees them.
+    mirror : bool
+        Each sample is an image with its mirror image: all filters see both, and they are pooled together, so that
+        the outputs do not depend on which is which.
+    standardize : bool or "image"
+        Subtract the mean of each channel and divide by its standard deviation (True), or do so with each image, all
+        channels together ("image"; 0.05 is added to its standard deviation).
     precision : {"float32", "float64", "mixed"}
         Of training; "mixed" convolves in bfloat16. Certificates are computed in float64.
     maps : {"auto", "cached", "recomputed"}
@@ -159,8 +165,10 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         gate_sampling: Any = "whitened",
         gate_quantile: Any = "auto",
         normalize: Any = "auto",
+        map_pooling: Any = None,
+        mirror: bool = False,
         scale: float | str = "auto",
-        standardize: bool = True,
+        standardize: bool | str = True,
         precision: str = "float32",
         maps: str = "auto",
         features: str = "auto",
@@ -199,6 +207,8 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         self.gate_sampling = gate_sampling
         self.gate_quantile = gate_quantile
         self.normalize = normalize
+        self.map_pooling = map_pooling
+        self.mirror = mirror
         self.scale = scale
         self.standardize = standardize
         self.precision = precision
@@ -242,7 +252,9 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
             get_loss(stage.loss)
             check_choice(stage.gate_sampling, "gate_sampling", GATE_SAMPLING)
         check_choice(self.precision, "precision", PRECISIONS)
-        check_flag(self.standardize, "standardize")
+        if self.standardize != "image":
+            check_flag(self.standardize, "standardize")
+        standardize = "image" if self.standardize == "image" else bool(self.standardize)
         if not isinstance(self.callbacks, Iterable) or not all(callable(each) for each in self.callbacks):
             raise InvalidInputError(
                 "callbacks holds something that cannot be called; a sequence of functions is wanted"
@@ -261,7 +273,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
 
         dtype = torch.float64 if self.precision == "float64" else torch.float32
         raw = torch.from_numpy(images)
-        standardizer = Standardizer.of(raw, scale, bool(self.standardize), dtype)
+        standardizer = Standardizer.of(raw, scale, standardize, dtype, bool(self.mirror))
         train = Samples(standardizer.all(raw).to(device), labels)
         if not all(bool(torch.isfinite(part).all()) for part in (standardizer.deviation, train.images)):
             raise InvalidInputError("X has numbers that are too large; rescale it")
@@ -321,7 +333,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31))
         if self.checkpoint is None:
             return None, seed
-        facts = [scale, bool(self.standardize), self.precision, self.maps, sgd, seed if given else None]
+        facts = [scale, self.standardize, self.mirror, self.precision, self.maps, sgd, seed if given else None]
         prints = [run_fingerprint([], [part]) for part in stages]
         data = run_fingerprint([images, labels], facts)
         folder = RunFolder(self.checkpoint, [run_fingerprint([], [data, *prints[: i + 1]]) for i in range(len(stages))])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from cvxnn.layerwise.augment import augment_batch
-from cvxnn.layerwise.stage import GatedConvolution, convolve, pool, unshuffle
+from cvxnn.layerwise.stage import convolve, pool, unshuffle
 from cvxnn.operators import CNNOperator
 from cvxnn.operators.base import row_batches
 
@@ -180,8 +180,8 @@ class AugmentedImages:
     ----------
     images : torch.Tensor of shape (n, C, H, W)
         Standardised images.
-    layers : sequence of GatedConvolution
-        The stages before it.
+    layers : sequence of callables
+        The maps of the stages before it.
     downsample : bool
         Whether the stage itself downsamples.
     kind, fill : str, torch.Tensor
@@ -191,7 +191,7 @@ class AugmentedImages:
     def __init__(
         self,
         images: torch.Tensor,
-        layers: Sequence[GatedConvolution],
+        layers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
         downsample: bool,
         kind: str,
         fill: torch.Tensor,

@@ -27,11 +27,12 @@ from cvxnn.layerwise.features import (
 from cvxnn.layerwise.maps import StageMaps, channel_scales
 from cvxnn.layerwise.network import Standardizer, TrainedStage
 from cvxnn.layerwise.options import SgdOptions, StageOptions
+from cvxnn.layerwise.reduction import stage_pooling
 from cvxnn.layerwise.results import StageResult
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead, unshuffle
 from cvxnn.layerwise.ties import gates_off_ties
 from cvxnn.layerwise.training import Factors, Sgd, epoch_seed, first_factors
-from cvxnn.operators import CNNOperator, pooling_matrix
+from cvxnn.operators import CNNOperator
 from cvxnn.problem import Problem
 from cvxnn.problems import cnn_problem
 from cvxnn.solvers import solve
@@ -127,10 +128,16 @@ class LayerwiseRun:
             if layer is None:
                 samples.source = unshuffle(samples.images) if stage.downsample else samples.images
                 continue
-            size = layer.geometry.grid(*samples.source.shape[2:])
+            reduction = self.trained[-1].reduction
+            size = reduction.grid(layer.geometry, *samples.source.shape[2:])
             size = (size[0] // 2, size[1] // 2) if stage.downsample else size
-            pooling = pooling_matrix(stage.pooling, stage.geometry.grid(*size))
-            samples.source = StageMaps(samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps)
+            pooling = self._pooling(stage, size)
+            samples.source = StageMaps(
+                samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps, reduction
+            )
+
+    def _pooling(self, stage: StageOptions, size: Sequence[int]) -> torch.Tensor:
+        return stage_pooling(stage.pooling, stage.geometry, size[0], size[1], stage.reduction.mirror)
 
     def _train(self, stage: StageOptions) -> tuple[StageResult, TrainedStage]:
         begin = time.perf_counter()
@@ -157,7 +164,7 @@ class LayerwiseRun:
             filter_size=stage.geometry.filter_size,
             stride=stage.geometry.stride,
             padding=stage.geometry.padding,
-            pooling=stage.pooling,
+            pooling=self._pooling(stage, self.train.source.shape[2:]),
             gates=gates,
             n_gates=stage.n_gates,
             beta=stage.beta,
@@ -188,7 +195,7 @@ class LayerwiseRun:
             return PooledFeatures(op)
         if self.sgd.augment is None:
             return ConvolvedFeatures(op, mixed=self.mixed)
-        layers = [trained.features for trained in self.trained]
+        layers = [trained.maps for trained in self.trained]
         images = AugmentedImages(
             self.train.images, layers, stage.downsample, self.sgd.augment, self.standardizer.black()
         )
@@ -370,21 +377,21 @@ class LayerwiseRun:
         convolution = GatedConvolution(columns.u, gates, columns.gate, stage.geometry, stage.downsample)
         head = PooledHead(op.split_right(columns.v), bias, op.pooling)
         if stage.width is None and not stage.normalize:
-            return TrainedStage(convolution, head, None)
+            return TrainedStage(convolution, head, None, stage.reduction)
         chosen = torch.argsort(columns.sizes(), descending=True, stable=True)[: stage.width]
         kept = columns[chosen.sort().values]
         layer = GatedConvolution(kept.u, gates, kept.gate, stage.geometry, stage.downsample)
         if stage.normalize:
             scales = channel_scales(op.images, layer)
             layer.filters.data.mul_(scales.unsqueeze(1).to(layer.filters))
-        return TrainedStage(convolution, head, layer)
+        return TrainedStage(convolution, head, layer, stage.reduction)
 
     def _result(
         self, stage: StageOptions, problem: Problem, trained: TrainedStage, status: str, trace: list[dict[str, Any]]
     ) -> StageResult:
         op = self._operator(problem)
         source = self.train.source
-        grid = op.geometry.grid(*source.shape[2:])
+        grid = stage.reduction.grid(op.geometry, *source.shape[2:])
         return StageResult(
             number=stage.number,
             method=stage.method,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn import functional
 
+from cvxnn.layerwise.reduction import Reduction
 from cvxnn.layerwise.stage import GatedConvolution, unshuffle
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
@@ -45,13 +46,16 @@ class StageMaps(ImageSource):
         Whether the maps are pixel-unshuffled for the next stage.
     storage : {"auto", "cached", "recomputed"}
         Whether the maps are kept; "auto" keeps up to 2 GiB.
+    reduction : Reduction, optional
+        What is left of the maps, before they are pixel-unshuffled.
 
     Notes
     -----
     Let x be the images of the parent, read with an error of at most e in Frobenius norm, U the filters and
-    s the number of patches that a pixel is in. As gating and pixel-unshuffling do not increase norms, the maps
-    are read with an error of at most ||U||_2 sqrt(s) e + gamma ||U||_F ||X||_F, X the patches of x as read and
-    gamma = 4 (h + 4) 2^-53, more than what a sum of h products, in any order, loses of the product of the norms.
+    s the number of patches that a pixel is in. As gating, average pooling with windows of k x k pixels and
+    pixel-unshuffling do not increase norms, the maps are read with an error of at most
+    ||U||_2 sqrt(s) e + gamma ||U||_F ||X||_F, X the patches of x as read and gamma = 4 (h + k^2 + 6) 2^-53, more than
+    what sums of h and of k^2 terms, in any order, lose of the product of the norms.
     """
 
     def __init__(
@@ -62,12 +66,15 @@ class StageMaps(ImageSource):
         pooling: torch.Tensor,
         downsample: bool = False,
         storage: str = "auto",
+        reduction: Reduction | None = None,
     ) -> None:
         self.parent, self.layer, self.downsample = parent, layer, downsample
+        self.reduction = Reduction() if reduction is None else reduction
         self.dtype, self.device = parent.dtype, parent.device
         n, _, height, width = parent.shape
         self._grid = layer.geometry.grid(height, width)
-        shape = (n, layer.n_channels, *self._grid)
+        self._half = self.reduction.half(layer.geometry, height, width)
+        shape = (n, layer.n_channels, *self.reduction.grid(layer.geometry, height, width))
         if downsample:
             shape = (n, 4 * shape[1], shape[2] // 2, shape[3] // 2)
         self.shape = torch.Size(shape)
@@ -93,7 +100,7 @@ class StageMaps(ImageSource):
         assert self._bits is not None
         layer = self.layer
         U = layer.filters.detach().double()
-        gamma = 4 * (U.shape[1] + 4) * _EPS
+        gamma = 4 * (U.shape[1] + self.reduction.size**2 + 6) * _EPS
         spectral = float(torch.linalg.matrix_norm(U, 2)) * (1 + 1e-6)
         spread = spectral * math.sqrt(_patches_of_a_pixel(layer.geometry))
         inherited = exact.errors if isinstance(exact, StageMaps) else self.errors
@@ -117,7 +124,7 @@ class StageMaps(ImageSource):
 
     def _maps(self, images: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         assert self._bits is not None
-        maps = self.layer.maps(images, self._bits.rows(rows)).detach()
+        maps = self.reduction(self.layer.maps(images, self._bits.rows(rows)).detach(), self._half)
         return unshuffle(maps) if self.downsample else maps
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,17 @@ import torch
 from torch import nn
 
 from cvxnn.errors import InvalidInputError
+from cvxnn.layerwise.reduction import Reduction, mirrored
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead
 from cvxnn.operators.base import row_batches
 
 __all__ = ["LayerwiseNetwork", "Standardizer", "TrainedStage", "outputs_in_batches"]
 
 _BATCH_BYTES = 2**27
+
+
+#: Added to the standard deviation of the pixels of an image, of about 1: images without contrast stay so.
+_LEAST_CONTRAST = 0.05
 
 
 class Standardizer(nn.Module):
@@ -25,25 +30,40 @@ class Standardizer(nn.Module):
     mean, deviation : torch.Tensor of shape (C,), float64
     dtype : torch.dtype
         Type of the result.
+    each : bool
+        Subtract the mean of each image from it and divide by its standard deviation plus 0.05, all channels together.
+    mirror : bool
+        Put each image above its mirror image.
     """
 
     mean: torch.Tensor
     deviation: torch.Tensor
 
-    def __init__(self, scale: float, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        scale: float,
+        mean: torch.Tensor,
+        deviation: torch.Tensor,
+        dtype: torch.dtype,
+        each: bool = False,
+        mirror: bool = False,
+    ) -> None:
         super().__init__()
         self.scale = float(scale)
+        self.each, self.mirror = each, mirror
         self.dtype = dtype
         self.register_buffer("mean", mean.double(), persistent=True)
         self.register_buffer("deviation", deviation.double(), persistent=True)
 
     @classmethod
-    def of(cls, images: torch.Tensor, scale: float, standardize: bool, dtype: torch.dtype) -> Standardizer:
-        """With the mean and the standard deviation of each channel over all pixels, or 0 and 1."""
+    def of(
+        cls, images: torch.Tensor, scale: float, standardize: bool | str, dtype: torch.dtype, mirror: bool = False
+    ) -> Standardizer:
+        """With the mean and the standard deviation of each channel over all pixels (True), or of each "image"."""
         channels = images.shape[1]
         total, squares = torch.zeros(2, channels, dtype=torch.float64, device=images.device)
-        if not standardize:
-            return cls(scale, total, squares + 1, dtype)
+        if standardize is not True:
+            return cls(scale, total, squares + 1, dtype, standardize == "image", mirror)
         count = images.numel() / channels
         for rows in _image_batches(images):
             total += (images[rows].double() * scale).sum((0, 2, 3))
@@ -51,16 +71,23 @@ class Standardizer(nn.Module):
         for rows in _image_batches(images):
             squares += (images[rows].double() * scale - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
         deviation = (squares / count).sqrt()
-        return cls(scale, mean, torch.where(deviation > 0, deviation, 1.0), dtype)
+        return cls(scale, mean, torch.where(deviation > 0, deviation, 1.0), dtype, False, mirror)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Standardised images."""
-        values = images.double() * self.scale - self.mean.view(-1, 1, 1)
-        return (values / self.deviation.view(-1, 1, 1)).to(self.dtype)
+        """Standardised images, with their mirror images below where there are any."""
+        values = (images.double() * self.scale - self.mean.view(-1, 1, 1)) / self.deviation.view(-1, 1, 1)
+        if self.each:
+            flat = values.flatten(1)
+            contrast = flat.std(1, correction=0) + _LEAST_CONTRAST
+            values = ((flat - flat.mean(1, keepdim=True)) / contrast.unsqueeze(1)).view_as(values)
+        values = values.to(self.dtype)
+        return mirrored(values) if self.mirror else values
 
     def all(self, images: torch.Tensor) -> torch.Tensor:
         """All images, a part at a time."""
-        out = torch.empty(images.shape, dtype=self.dtype, device=images.device)
+        n, channels, height, width = images.shape
+        shape = (n, channels, 2 * height if self.mirror else height, width)
+        out = torch.empty(shape, dtype=self.dtype, device=images.device)
         for rows in _image_batches(images):
             out[rows] = self(images[rows])
         return out
@@ -84,10 +111,19 @@ class TrainedStage(nn.Module):
     head : PooledHead
     features : GatedConvolution or None
         The channels that later stages see: some of the columns, scaled. None where these are all, as they are.
+    reduction : Reduction
+        What is left of their maps for later stages.
     """
 
-    def __init__(self, convolution: GatedConvolution, head: PooledHead, features: GatedConvolution | None) -> None:
+    def __init__(
+        self,
+        convolution: GatedConvolution,
+        head: PooledHead,
+        features: GatedConvolution | None,
+        reduction: Reduction | None = None,
+    ) -> None:
         super().__init__()
+        self.reduction = Reduction() if reduction is None else reduction
         self.convolution = convolution
         self.head = head
         self.narrow = features
@@ -96,6 +132,12 @@ class TrainedStage(nn.Module):
     def features(self) -> GatedConvolution:
         """The feature map of later stages."""
         return self.convolution if self.narrow is None else self.narrow
+
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        """What the next stage sees of images of this one."""
+        layer = self.features
+        height, width = (side // 2 if layer.downsample else side for side in images.shape[2:])
+        return self.reduction(layer(images), self.reduction.half(layer.geometry, height, width))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Outputs of the stage's own head, (n, c), from the images of the stage."""
@@ -144,12 +186,13 @@ class LayerwiseNetwork(nn.Module):
             if i in chosen:
                 outputs[i] = stage(maps)
             if i < max(chosen):
-                maps = stage.features(maps)
+                maps = stage.maps(maps)
         return [outputs[i] for i in chosen]
 
     def sample_bytes(self) -> int:
         """About how much memory the largest maps of one image take."""
         largest, (channels, height, width) = 1, self.image_shape
+        height = 2 * height if self.standardizer.mirror else height
         for stage in self.stages:
             assert isinstance(stage, TrainedStage)
             layer = stage.convolution
@@ -158,7 +201,8 @@ class LayerwiseNetwork(nn.Module):
             grid = layer.geometry.grid(height, width)
             columns = layer.n_channels + layer.gates.shape[1]
             largest = max(largest, math.prod(grid) * (3 * columns + layer.filters.shape[1]))
-            (height, width), channels = grid, stage.features.n_channels
+            height, width = stage.reduction.grid(layer.geometry, height, width)
+            channels = stage.features.n_channels
         return 8 * largest
 
 

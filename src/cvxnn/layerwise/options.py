@@ -11,7 +11,8 @@ import numpy as np
 from cvxnn.errors import InvalidInputError
 from cvxnn.layerwise.augment import AUGMENT
 from cvxnn.layerwise.maps import MAPS
-from cvxnn.operators import PatchGeometry, pooling_matrix
+from cvxnn.layerwise.reduction import Reduction, stage_pooling
+from cvxnn.operators import PatchGeometry
 from cvxnn.validation import check_choice, check_flag, check_integer, check_pair, check_positive
 
 __all__ = [
@@ -55,6 +56,7 @@ class StageOptions:
     gate_quantile: Any
     output_bias: bool
     normalize: bool
+    reduction: Reduction
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def read_stages(params: dict[str, Any]) -> list[StageOptions]:
     lists["gate_quantile"] = _per_stage(
         params["gate_quantile"], "gate_quantile", n, isinstance(params["gate_quantile"], list)
     )
+    lists["map_pooling"] = _pairs(params["map_pooling"], "map_pooling", n)
+    mirror = check_flag(params["mirror"], "mirror")
     lists["normalize"] = _scalars(params["normalize"], "normalize", n)
     default = [FIRST_STEP, *[LATER_STEP] * (n - 1)]
     lists["step"] = default if params["step"] is None else _scalars(params["step"], "step", n)
@@ -160,11 +164,17 @@ def read_stages(params: dict[str, Any]) -> list[StageOptions]:
                 gate_quantile=quantile,
                 output_bias=output_bias,
                 normalize=method == "convex" if isinstance(normalize, str) else check_flag(normalize, "normalize"),
+                reduction=Reduction(mirror, *_map_pooling(given["map_pooling"])),
             )
         )
         if isinstance(normalize, str):
             check_choice(normalize, "normalize", ("auto",))
     return stages
+
+
+def _map_pooling(value: Any) -> tuple[int, int]:
+    """Size and stride of an average pooling; a number is both, None is no pooling."""
+    return (1, 1) if value is None else check_pair(value, "map_pooling", 1)
 
 
 def _downsample(value: Any, n_stages: int) -> tuple[int, ...]:
@@ -196,6 +206,10 @@ def read_sgd(params: dict[str, Any]) -> SgdOptions:
         check_choice(params["augment"], "augment", AUGMENT)
     check_choice(params["maps"], "maps", MAPS)
     check_choice(params["features"], "features", ("auto", "cached", "convolved"))
+    if params["augment"] is not None and (params["mirror"] or params["standardize"] == "image"):
+        raise InvalidInputError(
+            f"augment is {params['augment']!r}; with mirror=True or standardize='image' images are not augmented"
+        )
     if params["features"] == "cached" and params["augment"] is not None:
         raise InvalidInputError("features is 'cached', but augmented images change from epoch to epoch; use 'auto'")
     return SgdOptions(
@@ -217,20 +231,27 @@ def stage_shapes(stages: list[StageOptions], image_shape: Sequence[int], n_outpu
         Maps that cannot be downsampled, or filters or pooling that do not fit.
     """
     channels, height, width = (int(size) for size in image_shape)
+    mirror = stages[0].reduction.mirror
+    height = 2 * height if mirror else height
     shapes = []
     for stage in stages:
         if stage.downsample:
-            if height % 2 or width % 2:
+            if height % (4 if mirror else 2) or width % 2:
                 raise InvalidInputError(
-                    f"downsample has stage {stage.number}, whose maps are {height} x {width}; even sizes are wanted"
+                    f"downsample has stage {stage.number}, whose maps are {height // 2 if mirror else height} x "
+                    f"{width}; even sizes are wanted"
                 )
             channels, height, width = 4 * channels, height // 2, width // 2
         grid = stage.geometry.grid(height, width)
-        cells = len(pooling_matrix(stage.pooling, grid))
+        if mirror and (height // 2) % stage.geometry.stride[0]:
+            raise InvalidInputError(
+                f"mirror=True needs strides that divide the {height // 2} rows of the images of stage {stage.number}"
+            )
+        cells = len(stage_pooling(stage.pooling, stage.geometry, height, width, mirror))
         length = stage.geometry.length(channels)
         rank = stage.rank if stage.method == "sgd" else min(length, cells * n_outputs)
         columns = rank * stage.n_gates
         out = columns if stage.width is None else min(stage.width, columns)
         shapes.append(StageShape(channels, height, width, grid, length, cells, columns, out))
-        channels, (height, width) = out, grid
+        channels, (height, width) = out, stage.reduction.grid(stage.geometry, height, width)
     return shapes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 
 from cvxnn.layerwise.network import LayerwiseNetwork, Standardizer, TrainedStage
+from cvxnn.layerwise.reduction import Reduction
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead
 from cvxnn.operators import PatchGeometry
 
@@ -61,6 +63,7 @@ def pack_stage(stage: TrainedStage, arrays: dict[str, np.ndarray], name: str) ->
         "geometry": stage.convolution.geometry.to_dict(),
         "downsample": stage.convolution.downsample,
         "narrow": stage.narrow is not None,
+        "reduction": dataclasses.asdict(stage.reduction),
     }
 
 
@@ -85,7 +88,11 @@ def unpack_stage(header: dict[str, Any], arrays: dict[str, np.ndarray], name: st
     if weight.shape != (convolution.n_channels * len(pooling), len(bias)):
         raise ValueError(f"its head has weights of shape {tuple(weight.shape)}")
     narrow = _unpack_layer(arrays, f"{name}.features", geometry, downsample) if header["narrow"] else None
-    return TrainedStage(convolution, PooledHead(weight, bias, pooling), narrow)
+    reduced = header["reduction"]
+    reduction = Reduction(bool(reduced["mirror"]), int(reduced["size"]), int(reduced["stride"]))
+    if reduction.size < 1 or reduction.stride < 1:
+        raise ValueError(f"its reduction is {reduced!r}")
+    return TrainedStage(convolution, PooledHead(weight, bias, pooling), narrow, reduction)
 
 
 def pack_network(network: LayerwiseNetwork, arrays: dict[str, np.ndarray], name: str = "network") -> dict[str, Any]:
@@ -95,6 +102,8 @@ def pack_network(network: LayerwiseNetwork, arrays: dict[str, np.ndarray], name:
     stages: list[Any] = list(network.stages)
     return {
         "scale": standardizer.scale,
+        "each": standardizer.each,
+        "mirror": standardizer.mirror,
         "dtype": str(standardizer.dtype).removeprefix("torch."),
         "image_shape": list(network.image_shape),
         "stages": [pack_stage(stage, arrays, f"{name}.stage{i}") for i, stage in enumerate(stages)],
@@ -123,5 +132,12 @@ def unpack_network(header: dict[str, Any], arrays: dict[str, np.ndarray], name: 
         if layer.filters.shape[1] != layer.geometry.length(channels):
             raise ValueError(f"its filters have length {layer.filters.shape[1]} for {channels} channels")
         channels = stage.features.n_channels
-    standardizer = Standardizer(float(header["scale"]), mean, deviation, _DTYPES[header["dtype"]])
+    standardizer = Standardizer(
+        float(header["scale"]),
+        mean,
+        deviation,
+        _DTYPES[header["dtype"]],
+        bool(header["each"]),
+        bool(header["mirror"]),
+    )
     return LayerwiseNetwork(standardizer, stages, shape)
