@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -258,6 +258,11 @@ class Evaluation:
     primal: float
     infeasibility: float = 0.0
 
+    def at(self, Z: torch.Tensor | None, factors: tuple[torch.Tensor, torch.Tensor] | None) -> Evaluation:
+        """The same for copies of the point, which may be of another type."""
+        pair = None if factors is None else (factors[0].double(), factors[1].double())
+        return replace(self, Z=None if Z is None else Z.double(), factors=pair)
+
     def is_feasible(self, problem: Problem) -> bool:
         """Whether this is a point of the problem: any network is, where all neurons are allowed."""
         return self.infeasibility <= FEASIBILITY or problem.scope == "relu_network"
@@ -384,9 +389,7 @@ def _candidates(problem: Problem, dual: Any) -> list[torch.Tensor]:
         candidate = _tensor(problem, nu, "dual")
         if candidate.shape != problem.Y64.shape:
             raise InvalidInputError(f"dual has shape {tuple(candidate.shape)}; {tuple(problem.Y64.shape)} is wanted")
-        if problem.output_bias:
-            candidate = problem.loss.center_dual(candidate, problem.Y64, problem.weights)
-        out.append(candidate)
+        out.append(problem.centred(candidate))
     return out
 
 

@@ -179,7 +179,10 @@ class Problem:
 
     def dual_candidate(self, predictions: torch.Tensor) -> torch.Tensor:
         """The loss gradient at float64 predictions, made feasible for the unpenalised intercept."""
-        nu = self.loss.gradient(predictions, self.Y64, self.weights)
+        return self.centred(self.loss.gradient(predictions, self.Y64, self.weights))
+
+    def centred(self, nu: torch.Tensor) -> torch.Tensor:
+        """A float64 dual candidate, made feasible for the unpenalised intercept where there is one."""
         return self.loss.center_dual(nu, self.Y64, self.weights) if self.output_bias else nu
 
     def best_intercept(self, predictions: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:

@@ -23,7 +23,7 @@ MAPS = ("auto", "cached", "recomputed")
 #: Bytes of maps that are kept with maps="auto".
 _CACHE_BYTES = 2**31
 #: Bytes of the temporaries of one batch of samples.
-_BATCH_BYTES = 2**27
+_BATCH_BYTES = 2**25
 _EPS = 2.0**-53
 
 

@@ -24,8 +24,11 @@ FEATURES = ("auto", "cached", "recomputed")
 
 #: Bytes of pooled patches that are kept with features="auto".
 _CACHE_BYTES = 2**30
-#: Bytes of the patches and patterns of one batch of samples.
-_PATCH_BYTES = 2**27
+#: Bytes of the patches and patterns of one batch of samples. On a CPU larger ones are slower, as memory is mapped anew
+#: for each; a GPU wants them large.
+_PATCH_BYTES = {"cpu": 2**25, "cuda": 2**29}
+#: Bytes of the features of one batch of samples that a Gram matrix takes in: smaller ones are bound by its memory.
+_FEATURE_BYTES = 2**28
 #: Bytes of blocks that are formed at once: each time all patches are looked at again.
 _BLOCK_BYTES = 2**27
 
@@ -85,7 +88,7 @@ class CNNOperator(Operator):
         self.block_shape = (n_gates, geometry.length(images.shape[1]), n_outputs * self.width)
         self._support = Support(self.pooling)
         self._pool = self.pooling.to(self.dtype)
-        self._batches = row_batches(self.n_samples, self._sample_bytes(n_gates), _PATCH_BYTES)
+        self._batches = row_batches(self.n_samples, self._sample_bytes(n_gates), self._patch_bytes)
         if gates is not None and bits is None:
             bits = patch_bits(
                 self.n_samples,
@@ -95,12 +98,17 @@ class CNNOperator(Operator):
             )
         self.bits = bits
         self._kept: torch.Tensor | None = None
+        self._last: tuple[slice, torch.Tensor] | None = None
         self._groups: GateGroups | None = None
 
     def _sample_bytes(self, n_gates: int) -> int:
         """Bytes of the patches, the patterns and the pooled patches of a sample."""
         h = self.block_shape[1]
         return 8 * (self.n_patches * (2 * h + 2 * n_gates) + self.width * n_gates * h)
+
+    @property
+    def _patch_bytes(self) -> int:
+        return _PATCH_BYTES.get(self.device.type, _PATCH_BYTES["cuda"])
 
     @property
     def patterns(self) -> torch.Tensor:
@@ -148,12 +156,32 @@ class CNNOperator(Operator):
         if not self.cached:
             return self._pooled(rows)
         if self._kept is None:
-            self._kept = self.images.new_zeros(self.n_samples, self.width, self.n_gates, self.block_shape[1])
-            for batch in self._batches:
-                self._kept[batch] = self._pooled(batch)
+            self._kept = self._pooled(slice(0, self.n_samples))
         return self._kept[rows]
 
+    def _pooled_of(self, groups: GateGroups, rows: slice) -> torch.Tensor:
+        """Phi of some gates; that of the last batch is remembered, as `hidden` and `hidden_adjoint` take turns."""
+        if self.cached:
+            Phi = self.pooled(rows)
+        else:
+            if self._last is None or self._last[0] != rows:
+                self._last = (rows, self._pooled(rows))
+            Phi = self._last[1]
+        return Phi[:, :, groups.gates] if groups.some_of(self.n_gates) else Phi
+
     def _pooled(self, rows: slice) -> torch.Tensor:
+        """Phi, formed a batch at a time."""
+        start, stop, _ = rows.indices(self.n_samples)
+        size = self._batches[0].stop
+        parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+        if len(parts) == 1:
+            return self._pooled_at_once(rows)
+        Phi = self.pooling.new_empty(stop - start, self.width, self.n_gates, self.block_shape[1], dtype=self.dtype)
+        for part in parts:
+            Phi[part.start - start : part.stop - start] = self._pooled_at_once(part)
+        return Phi
+
+    def _pooled_at_once(self, rows: slice) -> torch.Tensor:
         patches = self.geometry(self.images[rows])
         weights = self._support.weights.to(self.dtype).unsqueeze(2)
         weighted = patches[:, self._support.index].mul_(weights)
@@ -186,7 +214,7 @@ class CNNOperator(Operator):
         if self._from_pooled(n_columns):
             return self._batches if not self.cached else super().column_batches(n_columns)
         h = self.block_shape[1]
-        return row_batches(self.n_samples, 8 * self.n_patches * (2 * h + 3 * n_columns + self.n_gates), _PATCH_BYTES)
+        return row_batches(self.n_samples, 8 * self.n_patches * (2 * h + 3 * n_columns + self.n_gates), self._patch_bytes)
 
     def _from_pooled(self, n_columns: int) -> bool:
         """Whether so many columns are cheaper from pooled patches than by convolution."""
@@ -201,7 +229,7 @@ class CNNOperator(Operator):
         if not self._from_pooled(len(u)):
             return self._convolved(gate, u, rows)
         groups = self._grouped(gate)
-        Phi = self.pooled(rows)[:, :, groups.gates] if groups.some_of(self.n_gates) else self.pooled(rows)
+        Phi = self._pooled_of(groups, rows)
         n = len(Phi)
         # One product per cell and gate: (rows, h) times (h, columns of the gate).
         factors = groups.spread(u).mT.repeat(self.width, 1, 1)
@@ -214,7 +242,7 @@ class CNNOperator(Operator):
         if not self._from_pooled(r):
             return self._convolved_adjoint(gate, M, rows)
         groups = self._grouped(gate)
-        Phi = self.pooled(rows)[:, :, groups.gates] if groups.some_of(self.n_gates) else self.pooled(rows)
+        Phi = self._pooled_of(groups, rows)
         n = len(Phi)
         slots = groups.spread(M.view(n, r, self.width).permute(1, 0, 2))
         factors = slots.permute(3, 0, 1, 2).flatten(0, 1)
@@ -241,7 +269,7 @@ class CNNOperator(Operator):
         weights = self.split_right(used.v)
         size = 8 * self.n_patches * (2 * self.block_shape[1] + 2 * max(1, len(used)))
         outputs = []
-        for rows in row_batches(self.n_samples, size, _PATCH_BYTES):
+        for rows in row_batches(self.n_samples, size, self._patch_bytes):
             maps = (self.geometry(self.images[rows]) @ used.u.T).clamp_min_(0)
             outputs.append(torch.matmul(self._pool, maps).mT.flatten(1) @ weights)
         return torch.cat(outputs)
@@ -316,17 +344,17 @@ class CNNOperator(Operator):
         K = self.images.new_zeros(self.n_samples, self.n_samples)
         # All samples of some gates at a time.
         size = self.n_samples * self.width * self.block_shape[1] * self.images.element_size()
-        for gates in row_batches(self.n_gates, size, 4 * _PATCH_BYTES):
+        for gates in row_batches(self.n_gates, size, 2 * _FEATURE_BYTES):
             chosen = torch.arange(self.n_gates, device=self.device)[gates]
             part = self if len(chosen) == self.n_gates else self.select(chosen)
-            add_product(K, torch.cat([part.features(rows) for rows in part._batches]).T)
+            add_product(K, part.features(slice(0, self.n_samples)).T)
         return K
 
     def features(self, rows: slice) -> torch.Tensor:
         return self.pooled(rows).flatten(1)
 
     def feature_batches(self) -> list[slice]:
-        return row_batches(self.n_samples, self._sample_bytes(self.n_gates), 4 * _PATCH_BYTES)
+        return row_batches(self.n_samples, self.n_features * self.images.dtype.itemsize, _FEATURE_BYTES)
 
     def predict(self, Z: torch.Tensor, X: np.ndarray) -> torch.Tensor:
         images = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64)).to(self.device, self.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cvxnn.bounds import dual_bound
-from cvxnn.certificates import Certificate, certificate_of, certify, evaluate, relative_gap
+from cvxnn.certificates import Certificate, Evaluation, certificate_of, evaluate, relative_gap
 from cvxnn.dual_norms import bounds_are_cheap
 from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
@@ -36,10 +36,10 @@ class _Best:
 
     primal: float = float("inf")
     lower: float = float("-inf")
+    point: Evaluation | None = None
     Z: torch.Tensor | None = None
-    intercept: torch.Tensor | None = None
-    dual: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    dual: torch.Tensor | None = None
     trace: list[dict[str, Any]] = field(default_factory=list)
     improved_to: float = float("inf")
     improved_at: int = 0
@@ -47,6 +47,10 @@ class _Best:
     @property
     def gap(self) -> float:
         return relative_gap(self.primal, self.lower)
+
+    @property
+    def intercept(self) -> torch.Tensor | None:
+        return None if self.point is None else self.point.intercept
 
     def update(self, problem: Problem, point: Iterate, seconds: float) -> bool:
         """Take in a point, with about so long for its dual norms; False if it is not finite."""
@@ -58,30 +62,27 @@ class _Best:
         if not seen.primal < float("inf"):
             return False
         if seen.primal < self.primal and seen.is_feasible(problem):
-            self.primal, self.intercept = seen.primal, seen.intercept
             U, V = point.factors or (None, None)
+            self.primal = seen.primal
             self.factors = None if U is None or V is None else (U.detach().clone(), V.detach().clone())
             self.Z = None if point.Z is None else point.Z.detach().clone()
-        if point.dual is None:
-            nu = problem.dual_candidate(seen.predictions)
-        else:
-            nu = point.dual.double()
-            if problem.output_bias:
-                nu = problem.loss.center_dual(nu, problem.Y64, problem.weights)
-        bound = dual_bound(problem, nu, seconds).lower_bound
+            self.point = seen.at(None if seen.Z is None else self.Z, self.factors)
+        nu = problem.dual_candidate(seen.predictions) if point.dual is None else point.dual.double()
+        # What certify makes of the candidate is what is bounded here, so that it finds the same bound.
+        nu = problem.centred(nu)
+        bound = dual_bound(problem, problem.centred(nu), seconds).lower_bound
         if bound > self.lower:
             self.lower, self.dual = bound, nu
         return True
 
     def certificate(self, problem: Problem, seconds: float | None = None) -> Certificate:
-        """What :func:`certify` says of exactly the best point and dual."""
-        point: dict[str, Any] = {"factors": self.factors, "intercept": self.intercept}
-        point["Z"] = self.Z if self.factors is None else None
-        op, cones = problem.operator, problem.cones
-        if problem.output_bias or not (cones is None or bounds_are_cheap(op, cones)):
-            # The dual is centred once more, or its bound depends on the time there is.
-            return certify(problem, **point, dual=self.dual, seconds=seconds)
-        return certificate_of(problem, evaluate(problem, **point), self.lower, seconds)
+        """What :func:`certify` says of exactly the best point and dual, without the passes that were made already."""
+        assert self.point is not None
+        lower, cones = self.lower, problem.cones
+        if self.dual is not None and not (cones is None or bounds_are_cheap(problem.operator, cones)):
+            # The bound depends on the time there is.
+            lower = dual_bound(problem, problem.centred(self.dual), seconds).lower_bound
+        return certificate_of(problem, self.point, lower, seconds)
 
     def record(self, iteration: int, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
         """Append the state to the trace, with what the solver adds to it."""
