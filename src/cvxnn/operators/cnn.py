@@ -213,8 +213,8 @@ class CNNOperator(Operator):
     def column_batches(self, n_columns: int) -> list[slice]:
         if self._from_pooled(n_columns):
             return self._batches if not self.cached else super().column_batches(n_columns)
-        h = self.block_shape[1]
-        return row_batches(self.n_samples, 8 * self.n_patches * (2 * h + 3 * n_columns + self.n_gates), self._patch_bytes)
+        numbers = self.n_patches * (2 * self.block_shape[1] + 3 * n_columns + self.n_gates)
+        return row_batches(self.n_samples, 8 * numbers, self._patch_bytes)
 
     def _from_pooled(self, n_columns: int) -> bool:
         """Whether so many columns are cheaper from pooled patches than by convolution."""
