@@ -82,7 +82,7 @@ _PAPER_CIFAR = {
 }
 _SHORT = {"n_gates": 32, "epochs": 8, "decay_every": 3}
 _MIXED_QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9)
-_CONVEX = {"method": "convex", "tol": 1e-3, "gate_sampling": "kmeans", "mirror": True, "precision": "float32"}
+_CONVEX = {"method": "convex", "tol": 1e-3, "gate_sampling": "kmeans", "mirror": True, "precision": "float64"}
 _CONVEX_FASHION = _CONVEX | {
     "n_stages": 2,
     "n_gates": (28, 34),
