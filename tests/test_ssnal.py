@@ -18,7 +18,9 @@ from cvxnn.errors import UnsupportedError
 from cvxnn.patterns import activation_patterns, enumerate_gates
 from cvxnn.problem import Problem
 from cvxnn.solvers.array_loss import ArrayLoss
+from cvxnn.solvers.base import Iterate
 from cvxnn.solvers.face_lists import ArrayProjections
+from cvxnn.solvers.ssnal import Ssnal
 
 
 def make_data(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -261,3 +263,20 @@ def test_losses_on_arrays(loss: str) -> None:
     assert np.allclose(fast.prox(T, 0.3), prox, rtol=1e-14, atol=1e-15)
     curvature = problem.loss.hessian_product(column, Y, w, torch.ones_like(Y)).numpy()[:, 0]
     assert np.allclose(fast.curvature(T), curvature, rtol=1e-14, atol=0)
+
+
+def test_an_interruption_is_reported_though_the_point_is_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the last step, before its certificate."""
+    problem = make_problem()
+    plain, calls = Ssnal.iterate, []
+
+    def stop(self: Ssnal) -> Iterate:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return plain(self)
+
+    monkeypatch.setattr(Ssnal, "iterate", stop)
+    result = cvxnn.solve(problem, "ssnal", tol=1e-5)
+    assert result.certificate.relative_gap <= 1e-5
+    assert result.status == "interrupted"
