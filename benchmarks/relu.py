@@ -4,11 +4,13 @@ Data: the spiral of 150 points (class 0 against the rest), the same with a colum
 (standardised, first two principal components, a column of ones); targets +-1, squared loss (sum), one output, and
 beta = 1e-2 and 1e-3 of beta_max.
 
-gates:   200 gates drawn (Gaussian, those of equal patterns merged); seconds of ssnal to a certified 1e-4 and 1e-6.
-peers:   the same program by Clarabel through CVXPY, and by the augmented Lagrangian method (AL) of scnn (pyscnn),
-         where they are installed. Gaps are relative to a lower bound from the residual of Clarabel, and are those
-         of columns projected onto their cones. The true network of scnn's columns is shown beside it: it may use
-         other patterns than those given, so its gap can be negative, and is no accuracy on this program.
+gates:   200 gates drawn (Gaussian, those of equal patterns merged); seconds of ssnal to a certified 1e-4 and 1e-6,
+         with the problem built anew each time, and of the same program by Clarabel through CVXPY where it is
+         installed: by turns, so that what else the machine does meets all of them alike. Medians are shown.
+peers:   the same by the augmented Lagrangian method (AL) of scnn (pyscnn), where it is installed. Gaps are relative
+         to a lower bound from the residual of Clarabel, and are those of columns projected onto their cones. The true
+         network of scnn's columns is shown beside it: it may use other patterns than those given, so its gap can be
+         negative, and is no accuracy on this program.
 network: all patterns, with the scope `relu_network`: seconds to enumerate and to solve, patterns, and patterns priced.
 """
 
@@ -21,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ from cvxnn.patterns import activation_patterns, deduplicate_gates, sample_gates
 Array = NDArray[np.float64]
 Clock = Callable[[], float]
 RATIOS = (1e-2, 1e-3)
+#: Seconds after which a run is not repeated.
+LONG = 20.0
 TARGETS = (1e-4, 1e-6)
 DATA = ("spiral", "spiral, bias", "breast cancer")
 #: First penalty and tolerance of AL: its defaults, and what gets further.
@@ -147,8 +151,8 @@ def by_clarabel(program: Program, beta: float, tol: float) -> tuple[Array, dict[
     model.solve(solver="CLARABEL", **settings)
     seconds = program.clock() - begin
     return np.stack([np.asarray(U.value), np.asarray(W.value)]), {
-        "total": seconds,
-        "alone": float(model.solver_stats.solve_time or 0.0),
+        "clarabel": seconds,
+        "clarabel alone": float(model.solver_stats.solve_time or 0.0),
     }
 
 
@@ -208,21 +212,58 @@ def import_failure(module: str) -> str | None:
     return None
 
 
+def by_turns(runs: dict[str, Callable[[], dict[str, float]]], repeats: int) -> dict[str, float]:
+    """Medians of the seconds of several runs, one after the other, again and again; long ones are repeated less."""
+    seen: dict[str, list[float]] = {}
+    spent = dict.fromkeys(runs, 0.0)
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if spent[name] > LONG:
+                continue
+            begin = time.perf_counter()
+            for key, seconds in run().items():
+                seen.setdefault(key, []).append(seconds)
+            spent[name] += time.perf_counter() - begin
+    return {key: statistics.median(seconds) for key, seconds in seen.items()}
+
+
+def gate_cells(program: Program, beta: float, repeats: int) -> dict[str, Any]:
+    """Seconds of ssnal to the targets and the gaps certified, those of Clarabel, and how many times more they are."""
+    gaps: dict[str, float] = {}
+
+    def ours(target: float) -> dict[str, float]:
+        begin = program.clock()
+        problem = cvxnn.mlp_problem(
+            program.X, program.y, activation="relu", gates=program.gates, reduction="sum", beta=beta
+        )
+        result = cvxnn.solve(problem, solver="ssnal", tol=target)
+        gaps[f"gap {target:.0e}"] = result.certificate.relative_gap
+        return {f"ssnal {target:.0e}": program.clock() - begin}
+
+    runs: dict[str, Callable[[], dict[str, float]]] = {f"{target:.0e}": partial(ours, target) for target in TARGETS}
+    if import_failure("cvxpy") is None:
+        runs["clarabel"] = lambda: by_clarabel(program, beta, 1e-9)[1]
+    by_turns(runs, 1)  # the first run of each loads what it needs
+    cells = by_turns(runs, repeats)
+    ratios = {
+        f"ratio {target:.0e}": cells["clarabel"] / cells[f"ssnal {target:.0e}"]
+        for target in TARGETS
+        if "clarabel" in cells
+    }
+    return cells | gaps | ratios
+
+
 def peer_cells(program: Program, beta: float, limit: float) -> dict[str, Any]:
-    """Clarabel, and scnn at the setting that gets closest: its gap, and the seconds that it takes to targets."""
+    """Clarabel's gap, and scnn at the setting that gets closest: its gap, and the seconds that it takes to targets."""
     if import_failure("cvxpy") is not None:
         return {}
-    columns, seconds = by_clarabel(program, beta, 1e-9)
+    columns, _ = by_clarabel(program, beta, 1e-9)
     lower = program.lower_bound(columns, beta)
 
     def gap(columns: Array) -> float:
         return program.objective(program.feasible(columns), beta) / lower - 1
 
-    cells: dict[str, Any] = {
-        "clarabel": seconds["total"],
-        "clarabel alone": seconds["alone"],
-        "clarabel gap": gap(columns),
-    }
+    cells: dict[str, Any] = {"clarabel gap": gap(columns)}
     if import_failure("scnn") is not None:
         return cells
     runs = []
@@ -239,23 +280,6 @@ def peer_cells(program: Program, beta: float, limit: float) -> dict[str, Any]:
     return cells
 
 
-def our_cells(program: Program, beta: float, repeats: int) -> dict[str, Any]:
-    """Median of the seconds of ssnal, the problem built anew each time, and the gap certified."""
-    cells: dict[str, Any] = {}
-    for target in TARGETS:
-        seconds = []
-        for _ in range(repeats):
-            begin = program.clock()
-            problem = cvxnn.mlp_problem(
-                program.X, program.y, activation="relu", gates=program.gates, reduction="sum", beta=beta
-            )
-            result = cvxnn.solve(problem, solver="ssnal", tol=target)
-            seconds.append(program.clock() - begin)
-        cells[f"ssnal {target:.0e}"] = statistics.median(seconds)
-        cells[f"gap {target:.0e}"] = result.certificate.relative_gap
-    return cells
-
-
 def sampled_rows(ours: bool, peers: bool, repeats: int, limit: float, clock: Clock) -> Iterator[dict[str, Any]]:
     """A row per data set and beta, on the same gates for all."""
     for name in DATA:
@@ -265,7 +289,7 @@ def sampled_rows(ours: bool, peers: bool, repeats: int, limit: float, clock: Clo
             beta = ratio * program.beta_max
             row = {"data": name, "beta / beta_max": ratio, "gates": program.gates.shape[1]}
             if ours:
-                row |= our_cells(program, beta, repeats)
+                row |= gate_cells(program, beta, repeats)
             if peers:
                 row |= peer_cells(program, beta, limit)
             yield row
@@ -318,7 +342,7 @@ def main() -> None:
     """Measure what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("gates", "peers", "network", "all"))
-    parser.add_argument("--repeats", type=int, default=5, help="of ssnal; medians are shown")
+    parser.add_argument("--repeats", type=int, default=5, help="of ssnal and Clarabel; medians are shown")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a run of scnn")
     parser.add_argument(
         "--cpu", action="store_true", help="processor seconds (of one thread), on a machine that is busy"
@@ -328,8 +352,8 @@ def main() -> None:
     clock = time.process_time if arguments.cpu else time.perf_counter
     what, notes = arguments.what, Console(stderr=True)
     ours, peers = what in {"gates", "all"}, what in {"peers", "all"}
-    if peers:
-        for reason in filter(None, map(import_failure, ("cvxpy", "scnn"))):
+    for peer, wanted in (("cvxpy", ours or peers), ("scnn", peers)):
+        if wanted and (reason := import_failure(peer)):
             notes.print(reason)
     rows: dict[str, list[dict[str, Any]]] = {}
     if ours or peers:

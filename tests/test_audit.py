@@ -143,6 +143,7 @@ def test_weights_are_read(name):
     network, _, _ = read_network(weight_forms()[name], X, 3)
     assert network.activation == "relu"
     assert torch.allclose(network.forward(X), net(X).detach(), atol=1e-14)
+    assert ("read as (d, m) and (m, c)" in network.source) == (name == "transposed")
 
 
 def test_square_weights_are_read_in_their_order():

@@ -17,6 +17,10 @@ from cvxnn.cones.projection import project_cones
 from cvxnn.errors import UnsupportedError
 from cvxnn.patterns import activation_patterns, enumerate_gates
 from cvxnn.problem import Problem
+from cvxnn.solvers.array_loss import ArrayLoss
+from cvxnn.solvers.base import Iterate
+from cvxnn.solvers.face_lists import ArrayProjections
+from cvxnn.solvers.ssnal import Ssnal
 
 
 def make_data(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -231,6 +235,7 @@ def test_long_projections(d: int) -> None:
         cones.polygons._known[::3] = False
         projections = LongProjections(cones, chosen_gates)
         assert projections.memory is not None
+    arrays = ArrayProjections(cones, chosen_gates)
     for _ in range(3):
         z = torch.from_numpy(rng.standard_normal((2, 9, d)))
         wanted = cones.project(chosen_gates.repeat(2), z.view(18, d)).point
@@ -238,3 +243,40 @@ def test_long_projections(d: int) -> None:
         assert set(chosen.tolist()) == set((wanted.norm(dim=1) > 0.5).nonzero()[:, 0].tolist())
         assert torch.allclose(point, wanted[chosen], rtol=0, atol=1e-12)
         assert torch.allclose((projectors @ z.view(18, d)[chosen].unsqueeze(2)).squeeze(2), point, atol=1e-12)
+        long = arrays.measure(z.numpy(), 0.5)
+        rows, points, faces = long.find()
+        assert sorted(rows.tolist()) == sorted(chosen.tolist())
+        assert np.allclose(points, wanted.numpy()[rows], rtol=0, atol=1e-12)
+        assert np.allclose(long.lengths, np.linalg.norm(points, axis=1), rtol=1e-12)
+        assert np.allclose((faces @ z.numpy().reshape(18, d)[rows, :, None])[:, :, 0], points, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["squared", "huber", "logistic"])
+def test_losses_on_arrays(loss: str) -> None:
+    """As the loss itself says, with samples of weight 0, whose targets count for nothing."""
+    problem = make_problem(n=9, loss=loss, sample_weight=np.array([1.0, 0.0, 2.0] * 3))
+    fast, w, Y = ArrayLoss(problem), problem.weights, problem.Y64
+    T = 3 * np.random.default_rng(0).standard_normal(9)
+    column = torch.from_numpy(T)[:, None]
+    assert fast.value(T) == pytest.approx(float(problem.loss.value(column, Y, w)), rel=1e-14)
+    prox = problem.loss.prox(column, Y, w, 0.3).numpy()[:, 0]
+    assert np.allclose(fast.prox(T, 0.3), prox, rtol=1e-14, atol=1e-15)
+    curvature = problem.loss.hessian_product(column, Y, w, torch.ones_like(Y)).numpy()[:, 0]
+    assert np.allclose(fast.curvature(T), curvature, rtol=1e-14, atol=0)
+
+
+def test_an_interruption_is_reported_though_the_point_is_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the last step, before its certificate."""
+    problem = make_problem()
+    plain, calls = Ssnal.iterate, []
+
+    def stop(self: Ssnal) -> Iterate:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return plain(self)
+
+    monkeypatch.setattr(Ssnal, "iterate", stop)
+    result = cvxnn.solve(problem, "ssnal", tol=1e-5)
+    assert result.certificate.relative_gap <= 1e-5
+    assert result.status == "interrupted"

@@ -7,6 +7,8 @@ import torch
 import cvxnn
 from cvxnn.errors import CertificationWarning
 from cvxnn.patterns import enumerate_cells
+from cvxnn.patterns.arrangement import _gaps
+from cvxnn.patterns.concurrency import Concurrences
 
 GRID = np.array([(i, j, 1) for i in range(-2, 7) for j in range(6)], dtype=float)
 STANDARDISED = np.column_stack([(GRID[:, :2] - GRID[:, :2].mean(0)) / GRID[:, :2].std(0), GRID[:, 2]])
@@ -120,3 +122,21 @@ def test_cnn_rows_are_weighed_by_the_pooling():
     assert sizes.shape == (4 * 4,)
     assert sizes[0] == pytest.approx(abs(float(nu[0])) * 0.5)
     assert cvxnn.solve(problem, tol=1e-5).certificate.relative_gap <= 1e-5
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 3e-7, 9e-7, -4e-7])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_wide_intervals_cover_gaps_beyond_the_end(shift, mirrored):
+    """Angles are modulo pi: an interval before pi covers what is behind 0, wherever the circle is cut."""
+    angles, spread = np.array([1e-7, 5e-7, 1.0, -1e-7]), np.array([1e-9, 1e-9, 1e-9, 1e-6])
+    angles = (shift + (-angles if mirrored else angles)) % np.pi
+    rows, _, sizes = _gaps(angles[None], spread[None])
+    assert rows.tolist() == [0, 0]
+    assert sorted(sizes.tolist()) == [1, 3]
+    record = Concurrences(np.arange(5))
+    record.meet(np.array([4]), np.append(angles, np.inf)[None], np.append(spread, 1.0)[None])
+    assert sorted(map(tuple, np.vstack(record.sets).tolist())) in (
+        [(0, 1, 4), (0, 3, 4)],
+        [(0, 1, 4), (1, 3, 4)],
+        [(0, 3, 4), (1, 3, 4)],
+    )

@@ -11,17 +11,17 @@ from cvxnn.certificates import STATIONARITY_TOLERANCE, Certificate, certify, eva
 from cvxnn.cone_points import FaceFacts
 from cvxnn.cone_witness import DescentNeuron
 from cvxnn.curvature import Curvature
+from cvxnn.diagnosis_table import diagnosis_table
 from cvxnn.errors import InvalidInputError
 from cvxnn.judgement import Options, judge_cones, judge_factors
 from cvxnn.problem import Problem
 from cvxnn.stationarity import GateDiagnosis, overall_balance
-from cvxnn.theorems import Theorem, short
+from cvxnn.theorems import Theorem
 from cvxnn.true_gap import true_gap
 from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["Diagnosis", "diagnose"]
 
-_SHOWN_GATES = 8
 #: About so long is spent on each dual norm of ReLU problems where tight bounds are dear.
 _SECONDS = 30.0
 
@@ -125,97 +125,10 @@ class Diagnosis:
 
     def table(self) -> str:
         """The diagnosis for people, in at most about 40 lines."""
-        advice = [self.advice] if self.advice else []
-        parts = [self._facts(), self._theorem_lines(), self._gate_lines()]
-        return "\n".join([self.verdict, *advice, *(line for part in parts for line in ("", *part))])
+        return diagnosis_table(self)
 
     def __str__(self) -> str:
         return self.table()
-
-    @property
-    def _left_name(self) -> str:
-        return "(72)" if self.activation == "relu" else "(68)"
-
-    def _facts(self) -> list[str]:
-        cert, curvature = self.certificate, self.curvature
-        kind = "" if self.norm == "nuclear" else "radial, "
-        parts = [
-            (self._left_name, self.residual_left),
-            ("(69)", self.residual_right),
-            ("intercept", self.residual_intercept),
-        ]
-        parts_text = "".join(f", {name} {value:.1e}" for name, value in parts if value is not None)
-        answer = "stationary" if self.stationary else "not stationary"
-        bound = f"none: stationarity is above {min(self.tol, STATIONARITY_TOLERANCE):g}"
-        if self.theorem_bound is not None:
-            bound = f"{self.theorem_bound:.2e}"
-        elif self.stationary and self.stationarity <= STATIONARITY_TOLERANCE:
-            bound = "none"
-        proven = self.faces is not None and self.faces.proven
-        eigenvalue = "not needed: no small change is better" if proven else "not computed"
-        if curvature is not None:
-            close = "" if curvature.converged else ", an upper bound only: Lanczos did not converge"
-            place = ""
-            if abs(curvature.value) <= self.curvature_threshold:
-                place = ", zero within the tolerance"
-            elif curvature.value < 0:
-                place = f", {curvature.share:.0%} in gate {curvature.gate}"
-            eigenvalue = f"{short(curvature.value)} (residual {curvature.residual:.1e}{place}{close})"
-            if self.activation == "relu" and curvature.method == "free column":
-                eigenvalue = f"{short(curvature.value)} at most, of a column of zeros in gate {curvature.gate}"
-        ranks = [entry.rank for entry in self.gates]
-        rows = [
-            ("objective", f"{cert.primal:.8g}, at least {cert.lower_bound:.8g} is needed ({self.scope})"),
-            ("stationarity", f"{self.stationarity:.1e}, {kind}{answer} to {self.tol:g}{parts_text}"),
-            ("balance", f"{self.balance:.1e}"),
-            ("columns per gate", f"m = {self.m}, min(d_c, d_r) = {min(self.d_c, self.d_r)}, "
-             f"d_c + d_r = {self.d_c + self.d_r}"),
-            ("rank of [U; V]", ", ".join(f"{rank} in {_count(ranks.count(rank))}" for rank in sorted(set(ranks)))),
-            *self._cone_rows(),
-            ("smallest eigenvalue", eigenvalue),
-            ("Theorem 3.4", bound),
-            ("duality gap", f"{self.duality_gap:.2e}"),
-            ("true gap", "optimum not given" if self.true_gap is None else _interval(self.true_gap)),
-        ]  # fmt: skip
-        rows += [("not available", text) for text in self.unavailable]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {text}" for name, text in rows]
-
-    def _cone_rows(self) -> list[tuple[str, str]]:
-        """What there is for ReLU only."""
-        rows = []
-        if self.activation == "relu":
-            rows.append(("outside the cones", f"{abs(self.certificate.infeasibility):.1e}"))
-        if self.faces is not None:
-            rows += _face_rows(self.faces)
-        if self.witness is not None:
-            rows.append(("witness", _witness_text(self.witness)))
-        return rows
-
-    def _theorem_lines(self) -> list[str]:
-        width = max(len(entry.name) for entry in self.theorems)
-        lines = [f"{'theorem':<{width}}  applies  what follows, or why not"]
-        for entry in self.theorems:
-            text = entry.conclusion if entry.applies else entry.reason
-            lines.append(f"{entry.name:<{width}}  {'yes' if entry.applies else 'no':<7}  {text}")
-        return lines
-
-    def _gate_lines(self) -> list[str]:
-        worst = sorted(self.gates, key=lambda entry: -entry.dual_norm_ratio)[:_SHOWN_GATES]
-        name = self._left_name
-        lines = [f"gate  ||G_k||/beta  rank U  rank V      {name}      (69)   balance  eigenvalue at most"]
-        for entry in worst:
-            left, right, bound = map(_cell, (entry.residual_left, entry.residual_right, entry.curvature_bound))
-            lines.append(
-                f"{entry.gate:>4}  {entry.dual_norm_ratio:>12.8g}  {entry.rank_left:>6}  {entry.rank_right:>6}"
-                f"  {left:>8}  {right:>8}  {_cell(entry.balance):>8}  {bound:>18}"
-            )
-        if len(worst) < len(self.gates):
-            violated = sum(entry.dual_norm_ratio > 1 + self.tol for entry in self.gates)
-            lines.append(f"the worst {len(worst)} of {len(self.gates)} gates; {violated} have ||G_k|| > beta")
-        if self.activation == "relu":
-            lines.append("||G_k|| is the largest ||G_k^T u|| of unit vectors u in the cone, or a bound of it")
-        return lines
 
 
 def diagnose(
@@ -360,46 +273,9 @@ def _unavailable(problem: Problem, second_order: bool) -> tuple[str, ...]:
     return () if second_order else ("second order: second_order=False",)
 
 
-def _face_rows(faces: FaceFacts) -> list[tuple[str, str]]:
-    padding = f", {faces.n_padding} of padding" if faces.n_padding else ""
-    least = "" if faces.least_multiplier is None else f", multipliers from {faces.least_multiplier:.1e} beta"
-    weak = f", {faces.n_weak} active rows without one" if faces.n_weak else ""
-    rows = [
-        ("columns", f"{faces.n_columns} in use, {faces.n_zero} of zeros{padding}"),
-        ("faces of the cones", f"{faces.n_on_faces} columns on them{least}{weak}"),
-        ("||P_S G_k||_2 / beta", f"{faces.ratio:.8g} at most, S the span of the face of a column"),
-    ]
-    if faces.proven:
-        among = "any feasible u" if faces.radius == math.inf else f"v within a relative {faces.radius:.1e}"
-        rows.append(("minimum among", among))
-    if faces.crossing is not None:
-        rows.append(("in the next cells", f"residual {faces.crossing:.1e} of {faces.n_crossings} neighbours"))
-    return rows
-
-
-def _witness_text(witness: DescentNeuron) -> str:
-    return (
-        f"||G_k^T u|| = {witness.ratio:.4g} beta in gate {witness.gate}; added with step {witness.step:.4g} it lowers"
-        f" the objective by {witness.decrease:.4g}"
-    )
-
-
 def _json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
-
-
-def _interval(gap: tuple[float, float]) -> str:
-    low, high = gap
-    return f"{high:.2e}" if low == high else f"{low:.2e} to {high:.2e}"
-
-
-def _count(n: int) -> str:
-    return "1 gate" if n == 1 else f"{n} gates"

@@ -106,7 +106,8 @@ def from_tuple(
     if not fits:
         raise InvalidInputError(_no_fit(parts["W1"], parts["W2"], n_features, n_outputs))
     hidden, output = fits[0]
-    return from_arrays(hidden, parts.get("b1"), output, parts.get("b2"), activation, "weight matrices", gates)
+    source = _source("weight matrices", parts["W2"], output)
+    return from_arrays(hidden, parts.get("b1"), output, parts.get("b2"), activation, source, gates)
 
 
 def from_mapping(
@@ -129,7 +130,8 @@ def from_mapping(
     first, second = _in_order(matrices, n_features, n_outputs)
     biases = _biases(first, second, matrices, vectors, n_features, n_outputs)
     hidden, output = _fits(matrices[first], matrices[second], n_features, n_outputs)[0]
-    return from_arrays(hidden, biases[0], output, biases[1], activation, "state dict", gates)
+    source = _source("state dict", matrices[second], output)
+    return from_arrays(hidden, biases[0], output, biases[1], activation, source, gates)
 
 
 def from_arrays(
@@ -226,6 +228,11 @@ def _fits(
         and hidden.shape[1] == n_features
         and (n_outputs is None or output.shape[1] == n_outputs)
     ]
+
+
+def _source(name: str, second: torch.Tensor, output: torch.Tensor) -> str:
+    """Where weights are from, and that they are not as in torch where that is so."""
+    return name if torch.equal(output, second.T) else f"{name}, read as (d, m) and (m, c)"
 
 
 def _no_fit(first: torch.Tensor, second: torch.Tensor, n_features: int, n_outputs: int | None) -> str:

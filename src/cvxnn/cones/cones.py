@@ -11,6 +11,7 @@ from torch import Tensor
 from cvxnn.cones.caps import Caps, bounding_caps
 from cvxnn.cones.faces import MOST_DIMENSIONS, FaceTable
 from cvxnn.cones.interior import deep_points
+from cvxnn.cones.planar import Plane, find_plane
 from cvxnn.cones.polygons import Polygons
 from cvxnn.cones.projection import Projection, project_cones, tangent
 from cvxnn.errors import InvalidInputError
@@ -96,6 +97,11 @@ class Cones:
         if self.gates is None or not Polygons.suit(self.rows):
             return None
         return Polygons(self.rows, self.patterns, self.gates.T.to(self.rows))
+
+    @cached_property
+    def plane(self) -> Plane | None:
+        """The plane of the rows, where they lie in one."""
+        return find_plane(self.rows)
 
     def signs(self, gate: Tensor) -> Tensor:
         """The diagonals of 2 D_k - I: +1 and -1, (r, n') in float64."""

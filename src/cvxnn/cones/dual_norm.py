@@ -12,7 +12,7 @@ from cvxnn.cones.alternating import alternate, direction_starts, support
 from cvxnn.cones.branching import MAX_OUTPUTS, branch_and_bound
 from cvxnn.cones.cones import FEASIBILITY, Cones
 from cvxnn.cones.copositive import copositive_bounds, sdp_bounds
-from cvxnn.cones.planar import Plane, find_plane, planar_bounds
+from cvxnn.cones.planar import Plane, planar_bounds
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.norms.base import EPS
 from cvxnn.norms.nuclear import spectral_bounds
@@ -129,7 +129,7 @@ class _Search:
 
     def bounds(self, gate: Tensor, G: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor]:
         """Upper bounds (B,) and directions u (B, d)."""
-        plane = find_plane(self.cones.rows) if self.method == "auto" else None
+        plane = self.cones.plane if self.method == "auto" else None
         upper, u = G.new_zeros(len(gate)), G.new_zeros(G.shape[:2])
         for part in torch.arange(len(gate), device=G.device).split(max(64, _CHUNK // max(1, len(self.cones.rows)))):
             some = None if init is None else init[part]

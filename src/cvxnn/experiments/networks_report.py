@@ -15,6 +15,7 @@ import torch
 from cvxnn._version import __version__
 from cvxnn.experiments.claims import GLOBAL_GAP
 from cvxnn.experiments.complexity_fits import as_dicts
+from cvxnn.experiments.markdown import markdown_table
 from cvxnn.experiments.networks import NETWORKS_SCALES, NetworksGrid
 from cvxnn.experiments.networks_audit import OPTIMAL, VERDICTS
 from cvxnn.experiments.networks_claims import (
@@ -75,11 +76,6 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _page(frame: pd.DataFrame, grid: NetworksGrid, pictures: list[str]) -> str:
     summary = summarise_networks(frame)
     claims = [(part.statement, f"**{part.verdict}**", part.found, part.rule) for part in judge_networks(frame)]
@@ -87,7 +83,7 @@ def _page(frame: pd.DataFrame, grid: NetworksGrid, pictures: list[str]) -> str:
         "# Are networks trained by SGD and Adam globally optimal?",
         _settings(frame, grid),
         "## Claims of the paper",
-        _table(("The paper", "Verdict", "Found", "Rule"), claims),
+        markdown_table(("The paper", "Verdict", "Found", "Rule"), claims),
         "The claims of section 4.1 are of gradient descent on the factors of gated networks; here they are judged on "
         "ReLU networks, for the betas where the optimum is not zero.",
         "## How far from the optimum",
@@ -159,7 +155,7 @@ def _distances(summary: Sequence[dict[str, Any]]) -> str:
     ]
     above = ("proven suboptimal", *(f"by more than {level:g}" for level in THRESHOLDS))
     header = ("m", "beta", "optimiser", "optimum", "objective (median)", "excess (median)", "excess (largest)")
-    return _table((*header, "gap from the gradient alone (median)", *above, "within 1%"), rows)
+    return markdown_table((*header, "gap from the gradient alone (median)", *above, "within 1%"), rows)
 
 
 def _endings(summary: Sequence[dict[str, Any]]) -> str:
@@ -185,7 +181,7 @@ def _endings(summary: Sequence[dict[str, Any]]) -> str:
     names = (name.replace("_", " ") for name in VERDICTS)
     header = ("m", "beta", "optimiser", *names, "excess (median)", "residual (median)", "distinct neurons (median)")
     wide = (*header, "gap among networks with their patterns (largest)")
-    return "As trained / after L-BFGS at the same width went on from there.\n\n" + _table(wide, rows)
+    return "As trained / after L-BFGS at the same width went on from there.\n\n" + markdown_table(wide, rows)
 
 
 def _traps(frame: pd.DataFrame) -> str:
@@ -217,7 +213,9 @@ def _improvements(summary: Sequence[dict[str, Any]]) -> str:
     ]
     header = ("m", "beta", "optimiser", "objective as trained", "after improve()", "largest certified gap")
     times = ("neurons, fewest", "training s", "certify s", "improve s")
-    return _table((*header, *times), rows) + "\n\nMedians, but where it says otherwise. Seconds are per network."
+    return (
+        markdown_table((*header, *times), rows) + "\n\nMedians, but where it says otherwise. Seconds are per network."
+    )
 
 
 def _bounds(frame: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cvxnn.errors import CvxnnError
 from cvxnn.patterns.activation import pack_columns
-from cvxnn.patterns.concurrency import Concurrences
+from cvxnn.patterns.concurrency import Concurrences, gap_ends
 
 _Matrix = NDArray[np.float64]
 
@@ -168,8 +168,7 @@ def _gaps(angles: _Matrix, tolerances: _Matrix) -> tuple[NDArray[np.int64], _Mat
     if np.isinf(left[0, -1]):
         left, right = left[:, :-1], right[:, :-1]
     m = left.shape[1]
-    right = np.maximum.accumulate(right, axis=1)
-    following = np.concatenate([left[:, 1:], left[:, :1] + np.pi], axis=1)
+    right, following = gap_ends(left, right)
     rows, places = np.nonzero(following > right)
     counts = np.bincount(rows, minlength=len(left))
     if not np.all(counts >= 2):

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Concurrences", "angle_error", "required_tolerance"]
+__all__ = ["Concurrences", "angle_error", "gap_ends", "required_tolerance"]
 
 _Matrix = NDArray[np.float64]
 _Indices = NDArray[np.int64]
@@ -32,6 +32,25 @@ def required_tolerance(error: float, rank: int) -> float:
 def angle_error(error: float) -> float:
     """Bound on the error of the angle of an intersection in a plane, times the sine of the angle of the planes."""
     return 4 * error + 56 * _EPS
+
+
+def gap_ends(left: _Matrix, right: _Matrix) -> tuple[_Matrix, _Matrix]:
+    """Where what intervals modulo pi cover ends, and where they begin again: there is a gap where that is later.
+
+    Parameters
+    ----------
+    left, right : array (B, m)
+        Intervals, with increasing left ends in [-pi, pi]; they may reach beyond 0 and pi.
+
+    Returns
+    -------
+    ends, begins : arrays (B, m)
+        After each interval, counted from the first one.
+    """
+    right = np.maximum.accumulate(right, axis=1)
+    again = left[:, :1] + np.pi
+    # Those that reach beyond pi cover what is behind 0, and the first one, from below 0, what is before pi.
+    return np.maximum(right, right[:, -1:] - np.pi), np.minimum(np.concatenate([left[:, 1:], again], axis=1), again)
 
 
 class Concurrences:
@@ -87,9 +106,8 @@ class Concurrences:
         """
         order = np.argsort(angles - spread, axis=1)[:, :-1]
         centre, half = np.take_along_axis(angles, order, axis=1), np.take_along_axis(spread, order, axis=1)
-        right = np.maximum.accumulate(centre + half, axis=1)
-        left = centre - half
-        ends = np.concatenate([left[:, 1:], left[:, :1] + np.pi], axis=1) > right
+        right, following = gap_ends(centre - half, centre + half)
+        ends = following > right
         total = ends.sum(axis=1, keepdims=True)
         number: _Indices = np.cumsum(ends, axis=1) - ends
         wraps = number == total

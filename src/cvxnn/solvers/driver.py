@@ -132,7 +132,7 @@ def run(
         """Time for the bounds of one certificate: a part of what was spent so far."""
         return _FIRST_SECONDS + _CERTIFICATE_SHARE * elapsed()
 
-    status = "max_iter"
+    status, stopped = "max_iter", False
     with Progress(solver.name, tol, verbose) as progress:
         try:
             best.update(problem, init if init is not None else solver.zero(), share())
@@ -186,7 +186,8 @@ def run(
                         continue
                     break
         except (KeyboardInterrupt, torch.linalg.LinAlgError) as cause:
-            status = "interrupted" if isinstance(cause, KeyboardInterrupt) else "diverged"
+            stopped = isinstance(cause, KeyboardInterrupt)
+            status = "interrupted" if stopped else "diverged"
             if best.intercept is None:
                 best.update(problem, solver.zero(), share())
             elif solver.cones or iteration > (best.trace[-1]["iteration"] if best.trace else 0):
@@ -205,7 +206,7 @@ def run(
     if status == "certified" and certificate.relative_gap > tol:
         # The time for dear bounds ran out where it had sufficed in the run.
         certificate = best.certificate(problem)
-    if status != "certified" and certificate.relative_gap <= tol:
+    if status != "certified" and not stopped and certificate.relative_gap <= tol:
         status = "certified"
     return Result(
         problem=problem,

@@ -5,6 +5,9 @@ On the few numbers of a small working set, a call of torch costs many times its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,28 @@ from numpy.typing import NDArray
 from cvxnn.cones import Cones, LongProjections
 from cvxnn.cones.polygons import ConeFaces
 
-__all__ = ["ArrayProjections", "FaceList"]
+__all__ = ["ArrayProjections", "FaceList", "Long"]
 
 Array = NDArray[np.float64]
 #: Rows of chosen vectors, their projections, and projectors on the spans of their faces.
 Found = tuple[NDArray[np.int64], Array, Array]
+
+
+@dataclass
+class Long:
+    """Projections that are longer than a threshold.
+
+    `lengths` (s,) are theirs up to rounding errors relative to what is projected, in some order. `find` gives
+
+    chosen : array of shape (s,), int
+        Rows of z.reshape(2 B, d), in the same order.
+    point : array of shape (s, d)
+    projectors : array of shape (s, d, d)
+        Onto the spans of their faces.
+    """
+
+    lengths: Array
+    find: Callable[[], Found]
 
 
 class ArrayProjections:
@@ -37,30 +57,27 @@ class ArrayProjections:
         self.known, self.others = plan.known.cpu().numpy(), plan.others
         self.faces = FaceList(plan.faces) if plan.faces is not None and len(self.known) else None
 
-    def __call__(self, z: Array, threshold: float) -> Found:
-        """Which projections of z (2, B, d) are longer than a threshold.
-
-        Returns
-        -------
-        chosen : array of shape (s,), int
-            Rows of z.reshape(2 B, d), in any order.
-        point : array of shape (s, d)
-        projectors : array of shape (s, d, d)
-            Onto the spans of their faces.
-        """
+    def measure(self, z: Array, threshold: float) -> Long:
+        """Which projections of z (2, B, d) are longer than a threshold, and how long; they themselves on demand."""
         if self.memory is None:
             assert self.faces is not None
-            return self.faces.project_long(z, threshold)
+            return self.faces.measure(z, threshold)
         flat = torch.from_numpy(z.reshape(-1, z.shape[2])).to(self.device)
         chosen, *rest = self.memory.project_long(flat[self.others], threshold)
         point, projectors = (part.cpu().numpy() for part in rest)
         slow = self.others[chosen].cpu().numpy(), point, projectors
+        lengths = np.sqrt(np.einsum("sd,sd->s", point, point))
         if self.faces is None:
-            return slow
-        rows, *fast = self.faces.project_long(z[:, self.known], threshold)
+            return Long(lengths, lambda: slow)
+        fast = self.faces.measure(z[:, self.known], threshold)
+        return Long(np.concatenate([fast.lengths, lengths]), partial(self._joined, fast, slow, z.shape[1]))
+
+    def _joined(self, fast: Long, slow: Found, count: int) -> Found:
+        rows, *rest = fast.find()
         sign, place = np.divmod(rows, len(self.known))
-        parts = zip((sign * z.shape[1] + self.known[place], *fast), slow, strict=True)
-        one, two, three = (np.concatenate(pair) for pair in parts)
+        one, two, three = (
+            np.concatenate(pair) for pair in zip((sign * count + self.known[place], *rest), slow, strict=True)
+        )
         return one, two, three
 
 
@@ -86,13 +103,24 @@ class FaceList:
         #: Coordinates (d, 4, M) of the unit vectors ConeFaces.tests.
         self.tests: Array = np.ascontiguousarray(faces.tests.permute(3, 1, 0, 2).cpu().numpy()[:, :, real])
 
-    def project_long(self, z: Array, threshold: float) -> Found:
-        """As :class:`ArrayProjections`."""
+    def measure(self, z: Array, threshold: float) -> Long:
+        """As :meth:`ArrayProjections.measure`."""
         squares, on_facet, inside = self._squares(z)
         lengths = np.maximum.reduceat(squares, self.first, axis=1)
         lengths[inside] = np.inf
         lengths = np.minimum(lengths, np.einsum("sbd,sbd->sb", z, z))
-        sign, place = (lengths > threshold**2).nonzero()
+        chosen = (lengths > threshold**2).nonzero()
+        return Long(np.sqrt(lengths[chosen]), partial(self._find, z, squares, on_facet, inside, *chosen))
+
+    def _find(
+        self,
+        z: Array,
+        squares: Array,
+        on_facet: NDArray[Any],
+        inside: NDArray[Any],
+        sign: NDArray[np.int64],
+        place: NDArray[np.int64],
+    ) -> Found:
         slots = self.slots[place]
         best = slots[np.arange(len(place)), squares[sign[:, None], slots].argmax(1)]
         across, ray = self.tests[:, 2:, best].transpose(1, 2, 0)

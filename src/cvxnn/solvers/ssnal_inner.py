@@ -19,7 +19,8 @@ from scipy.linalg.lapack import dposv
 
 from cvxnn.operators import Operator
 from cvxnn.problem import Problem
-from cvxnn.solvers.face_lists import ArrayProjections
+from cvxnn.solvers.array_loss import ArrayLoss
+from cvxnn.solvers.face_lists import ArrayProjections, Long
 
 __all__ = ["Centre", "InnerPoint", "InnerProgram"]
 
@@ -27,8 +28,10 @@ Array = NDArray[np.float64]
 
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 1e-10
-#: What a line search may leave of a step at once.
-_LEAST_SHARE, _LARGEST_SHARE = 0.4, 0.5
+#: What a line search leaves of a step that is too long.
+_SHARE = 0.4
+#: Rounding errors of the value of a trial, relative to it.
+_TRIAL_ERROR = 1e-12
 #: Patterns of the working set are kept as numbers up to this size.
 _KEPT_ENTRIES = 1 << 24
 
@@ -65,6 +68,19 @@ class Groups:
 
 
 @dataclass
+class Trial:
+    """The inner function at a multiplier, up to rounding, and what was needed for it; `rest` is all but the groups."""
+
+    dual: Array
+    T: Array
+    loss: float
+    total: float
+    rest: float
+    value: float
+    long: Long
+
+
+@dataclass
 class InnerPoint:
     """The inner function at a multiplier: value, gradient, and the point that belongs to it, with the loss at T."""
 
@@ -98,8 +114,7 @@ class InnerProgram:
         assert problem.cones is not None
         self.problem, self.part, self.n_gates = problem, part, len(gates)
         self.X: Array = part.data_tensors()[0].cpu().numpy()
-        self.Y, self.weights = problem.Y64.cpu(), problem.weights.cpu()
-        self.ones = torch.ones_like(self.Y)
+        self.loss = ArrayLoss(problem)
         self.projections = ArrayProjections(problem.cones, gates)
         few = part.patterns.numel() <= _KEPT_ENTRIES
         self.bits = np.ascontiguousarray(part.patterns.cpu().numpy().T, dtype=np.float64) if few else None
@@ -121,41 +136,47 @@ class InnerProgram:
         return point, most_steps
 
     def _search(self, centre: Centre, point: InnerPoint, direction: Array) -> InnerPoint | None:
-        """A step that decreases the inner function enough: 1, or zeros of its slope by secants."""
+        """The longest of the steps 1, 0.4, 0.16, ... that decreases the inner function enough."""
         step, slope = 1.0, float(direction @ point.gradient)
         while step > _SHORTEST_STEP:
-            trial = self._at(centre, point.dual + step * direction)
-            if trial.value <= point.value + _ARMIJO * step * slope + 1e-15 * abs(point.value):
-                return trial
-            end = float(direction @ trial.gradient)
-            share = slope / (slope - end) if slope < 0 < end else 0.5
-            step *= min(max(share, _LEAST_SHARE), _LARGEST_SHARE)
+            enough = point.value + _ARMIJO * step * slope + 1e-15 * abs(point.value)
+            trial = self._try(centre, point.dual + step * direction)
+            if trial.value <= enough + _TRIAL_ERROR * abs(point.value):
+                found = self._complete(centre, trial)
+                if found.value <= enough:
+                    return found
+            step *= _SHARE
         return None
 
     def _at(self, centre: Centre, dual: Array) -> InnerPoint:
-        loss, sigma, tau, rho = self.problem.loss, centre.sigma, centre.tau, centre.rho
-        moved = torch.from_numpy(centre.T + tau * dual)[:, None]
-        best = loss.prox(moved, self.Y, self.weights, 1 / tau)
-        at_best = float(loss.value(best, self.Y, self.weights))
-        T = best.numpy()[:, 0]
-        change = T - centre.T
-        groups = self._groups(centre, dual)
-        total = float(dual.sum()) if self.problem.output_bias else 0.0
-        value = float(dual @ T) - at_best - float(change @ change) / (2 * tau)
-        value += float(groups.lengths @ groups.lengths) / (2 * sigma) - centre.b * total + rho / 2 * total**2
-        intercept = centre.b - rho * total
-        signed = np.where(groups.chosen < self.n_gates, groups.lengths, -groups.lengths)
-        outputs = signed @ groups.hidden
-        gradient = T - outputs - intercept
-        penalty = float(groups.lengths.sum())
-        return InnerPoint(dual, value, gradient, T, at_best, penalty, groups, outputs, intercept)
+        return self._complete(centre, self._try(centre, dual))
 
-    def _groups(self, centre: Centre, dual: Array) -> Groups:
-        """The prox of z = x -+ sigma X^T D_k dual, where it is not zero."""
-        G = centre.sigma * self._adjoint(dual)
-        z = np.stack([centre.x[0] - G, centre.x[1] + G])
-        threshold = centre.sigma * self.problem.beta
-        chosen, point, faces = self.projections(z, threshold)
+    def _try(self, centre: Centre, dual: Array) -> Trial:
+        """The value alone: the groups are measured, not formed."""
+        sigma, tau, rho = centre.sigma, centre.tau, centre.rho
+        T = self.loss.prox(centre.T + tau * dual, 1 / tau)
+        loss, change = self.loss.value(T), T - centre.T
+        total = float(dual.sum()) if self.problem.output_bias else 0.0
+        rest = float(dual @ T) - loss - float(change @ change) / (2 * tau) - centre.b * total + rho / 2 * total**2
+        # z = x -+ sigma X^T D_k dual, whose prox is x where it is not zero.
+        G = sigma * self._adjoint(dual)
+        threshold = sigma * self.problem.beta
+        long = self.projections.measure(np.stack([centre.x[0] - G, centre.x[1] + G]), threshold)
+        excess = long.lengths - threshold
+        return Trial(dual, T, loss, total, rest, rest + float(excess @ excess) / (2 * sigma), long)
+
+    def _complete(self, centre: Centre, trial: Trial) -> InnerPoint:
+        groups = self._groups(trial.long, centre.sigma * self.problem.beta)
+        lengths = groups.lengths
+        value = trial.rest + float(lengths @ lengths) / (2 * centre.sigma)
+        intercept = centre.b - centre.rho * trial.total
+        outputs = np.where(groups.chosen < self.n_gates, lengths, -lengths) @ groups.hidden
+        gradient = trial.T - outputs - intercept
+        penalty = float(lengths.sum())
+        return InnerPoint(trial.dual, value, gradient, trial.T, trial.loss, penalty, groups, outputs, intercept)
+
+    def _groups(self, long: Long, threshold: float) -> Groups:
+        chosen, point, faces = long.find()
         sizes = np.sqrt(np.einsum("sd,sd->s", point, point))
         lengths = np.maximum(sizes - threshold, 0.0)
         unit = point / sizes[:, None]
@@ -179,9 +200,7 @@ class InnerProgram:
 
     def _newton_direction(self, centre: Centre, point: InnerPoint) -> Array:
         """Solve (diag + B B^T) d = -gradient on its smaller side, scaled to a unit diagonal."""
-        at = torch.from_numpy(point.T)[:, None]
-        curvature = self.problem.loss.hessian_product(at, self.Y, self.weights, self.ones).numpy()[:, 0]
-        root = np.sqrt((1 + centre.tau * curvature) / centre.tau)
+        root = np.sqrt((1 + centre.tau * self.loss.curvature(point.T)) / centre.tau)
         rows = [math.sqrt(centre.sigma) * part for part in self._directions(point.groups)]
         if self.problem.output_bias:
             rows.append(np.full((1, len(root)), math.sqrt(centre.rho)))
