@@ -53,6 +53,11 @@ class Operator(ABC):
         return self.block_shape[0]
 
     @property
+    def gate_vectors(self) -> np.ndarray | None:
+        """The gates as vectors like the columns u, (p, P) float64; None where there are none."""
+        return self.gates
+
+    @property
     def n_features(self) -> int:
         """Number of features of one output: P p w."""
         return self.block_shape[0] * self.block_shape[1] * self.width
