@@ -248,6 +248,20 @@ class AttentionOperator(Operator):
             total.addmm_(self.key_products(sequences, gates, heads).flatten(1).T, products.flatten(1))
         return total.view(n_gates, n_heads, d, d, c).transpose(2, 3)
 
+    @property
+    def streams_blocks(self) -> bool:
+        _, p, q = self.block_shape
+        return 8 * p * q > _BLOCK_BYTES and p >= q
+
+    def adjoint_parts(self, L: torch.Tensor, gate: int) -> Iterator[torch.Tensor]:
+        for some, heads in self._slabs(slice(gate, gate + 1)):
+            yield self._adjoint_slab(L, some, heads).reshape(-1, self.block_shape[2])
+
+    def adjoint_size(self, L: torch.Tensor) -> float:
+        norms = torch.linalg.vector_norm(L.double(), dim=1)
+        eps = torch.finfo(torch.float64).eps
+        return float((self._sizes * norms).sum()) * (1 + 4 * (len(norms) + self.n_outputs) * eps)
+
     def gate_batches(self) -> list[slice]:
         n_gates, p, q = self.block_shape
         return row_batches(n_gates, 8 * p * q, _BLOCK_BYTES)
@@ -400,9 +414,8 @@ class AttentionOperator(Operator):
 
     def adjoint_rounding(self, L: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
-        norms = torch.linalg.vector_norm(L.double(), dim=1)
         relative = 4 * (self.n_samples + self._terms) * eps
-        return relative * float((self._sizes * norms).sum()) + self._underflow * float(norms.sum())
+        return relative * self.adjoint_size(L) + self._underflow * float(L.double().abs().sum())
 
     def apply_rounding(self, Z: torch.Tensor) -> float:
         eps = torch.finfo(self.dtype).eps / 2
