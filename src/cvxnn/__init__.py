@@ -8,7 +8,7 @@ from cvxnn.estimators import ConvexCNNClassifier, ConvexCNNRegressor, ConvexMLPC
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
 from cvxnn.problem import Problem
-from cvxnn.problems import cnn_problem, mlp_problem
+from cvxnn.problems import attention_problem, cnn_problem, mlp_problem
 from cvxnn.relaxation import ReluDecomposition, gated_relaxation, to_relu
 from cvxnn.solvers import Result, path, solve
 from cvxnn.storage import load, save
@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "Witness",
     "__version__",
+    "attention_problem",
     "certify",
     "certify_network",
     "cnn_problem",

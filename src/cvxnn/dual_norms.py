@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cvxnn.cones import Cones, cone_dual_norms
-from cvxnn.norms import MatrixNorm
+from cvxnn.norms import MatrixNorm, NuclearNorm
 from cvxnn.operators import Operator
 
 __all__ = ["ConePrices", "Neurons", "bounds_are_cheap", "gate_dual_norms", "price_cones"]
@@ -77,6 +77,10 @@ def gate_dual_norms(
     if cones is not None:
         prices = price_cones(op, norm, cones, nu, error, seconds=seconds)
         return prices.lower, prices.upper
+    if isinstance(norm, NuclearNorm) and op.streams_blocks:
+        shape, size = op.block_shape[1:], op.adjoint_size(nu)
+        pairs = [norm.dual_of_parts(op.adjoint_parts(nu, k), shape, size, error) for k in range(op.n_gates)]
+        return nu.new_tensor([lower for lower, _ in pairs]), nu.new_tensor([upper for _, upper in pairs])
     batches = [norm.dual(op.adjoint_blocks(nu, gates), error) for gates in op.gate_batches()]
     lower, upper = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return lower, upper

@@ -23,8 +23,8 @@ __all__ = ["Problem"]
 class Problem:
     """minimise over Z and b:  F(A(Z) + 1 b^T) + beta * sum_k ||Z_k||_D.
 
-    Build one with :func:`cvxnn.mlp_problem` or :func:`cvxnn.cnn_problem`. The intercept b is there with
-    ``output_bias`` only.
+    Build one with :func:`cvxnn.mlp_problem`, :func:`cvxnn.cnn_problem` or :func:`cvxnn.attention_problem`. The
+    intercept b is there with ``output_bias`` only.
 
     Attributes
     ----------
@@ -98,14 +98,17 @@ class Problem:
 
     @property
     def gates(self) -> torch.Tensor | None:
-        """Gate vectors, (d, P) float64 (with the hidden bias d counts its row); None where there are none."""
+        """Gate vectors, (d, P) float64 (with the hidden bias d counts its row); None where there are none.
+
+        Those of attention are matrices H_k, (P, d, d).
+        """
         if self.operator.gates is None:
             return None
         return torch.from_numpy(self.operator.gates).to(self.device)
 
     @property
     def patterns(self) -> torch.Tensor:
-        """Activation patterns, (n, P) bool for the MLP."""
+        """Activation patterns, bool: (n, P) for the MLP, (n, K, P) for patches, (n, s, s, P) for pairs of tokens."""
         return self.operator.patterns
 
     @property
@@ -130,7 +133,8 @@ class Problem:
         if self.coverage is not None:
             kept = torch.from_numpy(self.coverage.rows).to(rows.device)
             rows, patterns = rows[kept], patterns[kept]
-        return Cones(rows, patterns, self.gates)
+        vectors = self.operator.gate_vectors
+        return Cones(rows, patterns, None if vectors is None else torch.from_numpy(vectors).to(self.device))
 
     @cached_property
     def Y64(self) -> torch.Tensor:

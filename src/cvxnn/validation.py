@@ -12,8 +12,10 @@ import torch
 from cvxnn.errors import InvalidInputError
 
 __all__ = [
+    "as_array",
     "as_images",
     "as_matrix",
+    "as_numbers",
     "check_choice",
     "check_flag",
     "check_integer",
@@ -114,17 +116,22 @@ def all_finite(array: np.ndarray, rows: int = 65_536) -> bool:
     return all(bool(np.isfinite(array[i : i + rows]).all()) for i in range(0, len(array), rows))
 
 
-def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray:
-    """Return `value` as a finite float64 matrix with at least one row and one column."""
+def as_numbers(value: Any, name: str, kind: str = "an array") -> np.ndarray:
+    """Return `value` as float64 numbers of any shape, finite or not."""
     try:
         array = _to_numpy(value)
         if array.dtype.kind == "c":
             raise InvalidInputError(f"{name} is complex; real numbers are wanted")
-        array = array.astype(np.float64, copy=False)
+        return array.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
         if isinstance(error, InvalidInputError):
             raise
-        raise InvalidInputError(f"{name} cannot be read as a matrix of numbers: {error}") from error
+        raise InvalidInputError(f"{name} cannot be read as {kind} of numbers: {error}") from error
+
+
+def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray:
+    """Return `value` as a finite float64 matrix with at least one row and one column."""
+    array = as_numbers(value, name, "a matrix")
     if array.ndim != 2:
         raise InvalidInputError(f"{name} has {array.ndim} dimension(s), shape {array.shape}; 2 are wanted")
     if min(array.shape) == 0:
@@ -182,16 +189,21 @@ def read_images(value: Any, image_shape: tuple[int, int, int] | None) -> np.ndar
     return as_images(array[:, None] if array.ndim == 3 else array, "X")
 
 
+def as_array(value: Any, name: str) -> np.ndarray:
+    """Return `value` as an array of whatever it holds."""
+    try:
+        return _to_numpy(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{name} cannot be read as an array: {error}") from error
+
+
 def encode_targets(Y: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Targets as a float64 matrix, and the class labels where Y was labels.
 
     1-D integers, booleans or strings are class labels (one-hot, a column per class in sorted order);
     1-D floats are one regression output; 2-D is taken as it is.
     """
-    try:
-        array = _to_numpy(Y)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"Y cannot be read as an array: {error}") from error
+    array = as_array(Y, "Y")
     if array.ndim == 2:
         return as_matrix(array, "Y", n_rows=n_samples), None
     if array.ndim != 1:

@@ -1,5 +1,8 @@
 """The nuclear norm (l2 with l2), its dual, the spectral norm, and a rigorous bound of the latter."""
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -32,10 +35,14 @@ def spectral_bounds(G: Tensor) -> tuple[Tensor, Tensor]:
     -------
     lower, upper : Tensor of shape (P,)
     """
-    M = _gram(G)
+    return _bounds_from_gram(_gram(G), sum(G.shape[1:]))
+
+
+def _bounds_from_gram(M: Tensor, sides: int) -> tuple[Tensor, Tensor]:
+    """Bounds of the spectral norms of blocks with p + q = `sides` from the computed Gram matrices of a side."""
     largest = torch.linalg.eigvalsh(M)[:, -1]
     squares = M.diagonal(dim1=-2, dim2=-1).sum(-1)
-    allowance = 4 * (G.shape[1] + G.shape[2] + 2) * EPS * squares
+    allowance = 4 * (sides + 2) * EPS * squares
     lower = (largest - allowance).clamp_min(0).sqrt() * (1 - 4 * EPS)
     upper = (largest + allowance).clamp_min(0).sqrt() * (1 + 4 * EPS)
     return lower, upper
@@ -50,6 +57,44 @@ class NuclearNorm(MatrixNorm):
 
     def _dual_bounds(self, G: Tensor) -> tuple[Tensor, Tensor]:
         return spectral_bounds(G)
+
+    def dual_of_parts(
+        self, parts: Iterable[Tensor], shape: tuple[int, int], size: float, error: float
+    ) -> tuple[float, float]:
+        """Bounds as of :meth:`dual` for one block that comes in parts and is never in memory as a whole.
+
+        Parameters
+        ----------
+        parts : iterable of Tensor, (rows, q), float64
+            All rows of the block G, in any order.
+        shape : pair of int
+            p and q, for p >= q.
+        size : float
+            Not less than ||G||_F: the scale of this computation.
+        error : float
+            As for :meth:`dual`.
+
+        Notes
+        -----
+        The Gram matrix is a sum of p products in any order, with at most p additions of parts. What is less than
+        2^-450 of `size` can underflow; 2^-400 of it is more than all of that.
+        """
+        p, q = shape
+        if not (math.isfinite(size) and math.isfinite(error)):
+            return 0.0, math.inf
+        exponent = math.frexp(size)[1] if size > 0 else 0
+        scale = math.ldexp(1.0, min(exponent, 1023))
+        M: Tensor | None = None
+        for part in parts:
+            scaled = part / scale
+            M = scaled.mT @ scaled if M is None else M.addmm_(scaled.mT, scaled)
+        if M is None or not bool(torch.isfinite(M).all()):
+            return 0.0, math.inf
+        lower, upper = (float(bound) for bound in _bounds_from_gram(M.unsqueeze(0), p + q))
+        slack = error * (1 + 16 * EPS)
+        upper = ((upper + 2.0**-400) * scale + slack) * (1 + 16 * EPS)
+        lower = (max(lower - 2.0**-400, 0.0) * scale * (1 - 16 * EPS) - slack) * (1 - 16 * EPS)
+        return max(lower, 0.0), upper
 
     def _dual_estimate(self, G: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(_gram(G))[:, -1].clamp_min(0).sqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class Operator(ABC):
         return self.block_shape[0]
 
     @property
+    def gate_vectors(self) -> np.ndarray | None:
+        """The gates as vectors like the columns u, (p, P) float64; None where there are none."""
+        return self.gates
+
+    @property
     def n_features(self) -> int:
         """Number of features of one output: P p w."""
         return self.block_shape[0] * self.block_shape[1] * self.width
@@ -91,6 +97,19 @@ class Operator(ABC):
     @abstractmethod
     def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
         """The blocks of `adjoint(L)` that belong to a slice of the gates."""
+
+    @property
+    def streams_blocks(self) -> bool:
+        """Whether blocks are so large that dual norms are to be computed from :meth:`adjoint_parts`."""
+        return False
+
+    def adjoint_parts(self, L: torch.Tensor, gate: int) -> Iterator[torch.Tensor]:
+        """The block of `adjoint(L)` of one gate as parts of its rows, (rows, q), one in memory at a time."""
+        yield self.adjoint_blocks(L, slice(gate, gate + 1))[0]
+
+    def adjoint_size(self, L: torch.Tensor) -> float:
+        """An upper bound of the Frobenius norm of each block of `adjoint(L)`, wanted where blocks are streamed."""
+        raise NotImplementedError
 
     @abstractmethod
     def adjoint_rounding(self, L: torch.Tensor) -> float:

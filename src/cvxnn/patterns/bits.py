@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-__all__ = ["PatchBits", "patch_bits"]
+__all__ = ["PatchBits", "gather_bits", "patch_bits"]
 
 #: Up to so many patterns are kept as one byte each.
 _PLAIN = 2**26
@@ -50,7 +50,7 @@ class PatchBits:
         """The patterns of some gates."""
         if not self.packed:
             return PatchBits(self.data[:, :, gates], len(gates))
-        return _gathered(len(self), self.n_patches, len(gates), self.data.device, lambda r: self.rows(r)[:, :, gates])
+        return gather_bits(len(self), self.n_patches, len(gates), self.data.device, lambda r: self.rows(r)[:, :, gates])
 
 
 def patch_bits(
@@ -71,10 +71,10 @@ def patch_bits(
     batch : int
         Samples to take at a time.
     """
-    return _gathered(n, None, gates.shape[1], gates.device, lambda rows: patches(rows) @ gates >= 0, batch)
+    return gather_bits(n, None, gates.shape[1], gates.device, lambda rows: patches(rows) @ gates >= 0, batch)
 
 
-def _gathered(
+def gather_bits(
     n: int,
     n_patches: int | None,
     n_gates: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from cvxnn.operators.sources import ImageSource
 from cvxnn.patterns import Coverage, PatchBits, patch_bits
 from cvxnn.patterns.activation import pack_columns
 
-__all__ = ["PatchGates", "choose_patch_gates"]
+__all__ = ["PatchGates", "choose_patch_gates", "distinct_gates"]
 
 #: Up to so many patches are looked at together; of more, so many are drawn to sample gates from.
 _PATCHES = 2**17
@@ -91,7 +91,7 @@ def choose_patch_gates(
     bits = patch_bits(n, patches, vectors, batches[0].stop)
     if gates is not None:
         return PatchGates(found, bits, scope)
-    kept = _distinct(bits, patches, batches)
+    kept = distinct_gates(bits, lambda rows: patches(rows).any(2), batches)
     if len(kept) == found.shape[1]:
         return PatchGates(found, bits, scope)
     if len(kept) == 0:
@@ -119,13 +119,21 @@ def _drawn_patches(
     return torch.cat(parts)
 
 
-def _distinct(bits: PatchBits, patches: Any, batches: list[slice]) -> np.ndarray:
-    """The first gate of every distinct pattern, without empty ones; patches that are zero tell none apart."""
+def distinct_gates(bits: PatchBits, informative: Callable[[slice], torch.Tensor], batches: list[slice]) -> np.ndarray:
+    """The first gate of every distinct pattern, without empty ones.
+
+    Parameters
+    ----------
+    bits : PatchBits
+    informative : callable
+        Returns which patches of some samples tell gates apart, bool (rows, K): those that are zero do not.
+    batches : list of slice
+        Samples to take at a time.
+    """
     label = np.zeros(bits.n_gates, dtype=np.int64)
     active = np.zeros(bits.n_gates, dtype=bool)
     for rows in batches:
-        informative = patches(rows).flatten(0, 1).any(1)
-        seen = bits.rows(rows).flatten(0, 1)[informative].cpu().numpy()
+        seen = bits.rows(rows)[informative(rows)].cpu().numpy()
         active |= seen.any(0)
         keys = zip(label.tolist(), pack_columns(seen), strict=True)
         names: dict[tuple[int, bytes], int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from cvxnn.errors import InvalidInputError, UnsupportedError
@@ -45,10 +46,12 @@ class Task:
     Y: Any
     sample_weight: Any
 
-    def check_samples(self, n: int) -> None:
-        """Read targets and weights for n samples."""
-        targets, self.classes = encode_targets(self.Y, n)
-        self.sample_weight = check_sample_weight(self.sample_weight, n)
+    def check_samples(self, n: int, rows: np.ndarray | None = None) -> None:
+        """Read targets and weights for n samples; with `rows`, (r,), targets are those of r parts of the samples."""
+        targets, self.classes = encode_targets(self.Y, n if rows is None else len(rows))
+        weights = check_sample_weight(self.sample_weight, n)
+        self._total = weights.sum()
+        self.sample_weight = weights if rows is None else weights[rows]
         self.Y = torch.tensor(targets, dtype=self.dtype)
         check_range(self.Y, "Y", squares_count=True)
         self.loss.check_targets(self.Y)
@@ -68,7 +71,7 @@ class Task:
 
     def problem(self, operator: Operator, scope: str, coverage: Coverage | None = None) -> Problem:
         """The problem of an operator on the samples."""
-        total = self.sample_weight.sum() if self.reduction == "mean" else 1.0
+        total = self._total if self.reduction == "mean" else 1.0
         return Problem(
             operator,
             self.Y.to(self.device),

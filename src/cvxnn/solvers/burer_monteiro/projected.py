@@ -194,7 +194,7 @@ class ProjectedDescent:
         local = self.local
         if isinstance(local, Eliminated) and not hasattr(local, "V"):
             raise torch.linalg.LinAlgError("V cannot be eliminated in float64 at this beta")
-        v = local.V if isinstance(local, Eliminated) else parts[1]
+        v = local.op.merge_right(local.V) if isinstance(local, Eliminated) else parts[1]
         sizes = [v.square().sum(1, keepdim=True), parts[0].square().sum(1, keepdim=True)]
         bounds = [local.beta + self.norms * size for size in sizes[: len(parts)]]
         if len(parts) > 2:

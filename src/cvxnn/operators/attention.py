@@ -1,0 +1,500 @@
+"""Multi-head self-attention without softmax: equations (8), (26), (104), (133), (134), Lemmas 3.9 and B.3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvxnn.columns import Columns
+from cvxnn.errors import InvalidInputError
+from cvxnn.operators.attention_kernel import attention_kernel
+from cvxnn.operators.base import Operator, row_batches
+from cvxnn.operators.pairs import allowed_pairs, gate_vectors, pair_bits, pair_rows
+from cvxnn.operators.passes import batches_of
+from cvxnn.operators.queries import Queries
+from cvxnn.operators.tokens import read_tokens
+from cvxnn.patterns import PatchBits
+
+__all__ = ["AttentionOperator"]
+
+#: Bytes of what is formed of one batch of sequences.
+_BATCH_BYTES = 2**26
+#: Bytes of the products of keys that are kept.
+_CACHE_BYTES = 2**27
+#: Bytes of blocks that are formed at once; where one block is larger, bytes of the rows of it that are.
+_BLOCK_BYTES = 2**25
+_SLAB_BYTES = 2**24
+
+
+class AttentionOperator(Operator):
+    """A token x_t sees sum_k sum_t' M_tt' D_k[t, t'] (x_t^T U_k x_t') V_k^T x_t', Z_k = sum of u_k v_k^T.
+
+    Entry k d + a of u is U[a, k] and entry l c + b of v is V[l, b]; blocks are d^2 x (d c). A row of the predictions
+    is a token, or a weighted sum over the tokens of a sequence (:class:`Queries`). M says which pairs count; the
+    linear network has P = 1 and D = 1. For ReLU the map is that of gated ReLU.
+
+    Parameters
+    ----------
+    tokens : torch.Tensor of shape (n, s, d)
+        Zeros where there is padding.
+    queries : Queries
+        The rows of the predictions.
+    n_outputs : int
+        Number of outputs c.
+    allowed : PatchBits or None
+        M, (n, m s, 1); None where all valid tokens see one another. Wanted with gates.
+    gates : numpy.ndarray of shape (P, d, d) or None
+        Matrices H_k; None for the linear network.
+    bits : PatchBits or None
+        M o D_k with D_k[t, t'] = 1{x_t^T H_k x_t' >= 0}, (n, m s, P); computed in float64 where not given.
+    activation : {"gated_relu", "relu"}
+        Of a network with gates; without gates it is "linear".
+
+    Notes
+    -----
+    With G_k(t) = X^T diag(M D_k)[t, :] X (d x d) the features of a token are the products x_t[a] G_k(t)[k, l], and
+    those of all P d^3 are not formed: A and A* are two matrix products. Where all valid tokens see one another in a
+    linear network, G is one matrix per sequence, and the mean over tokens one of its inputs (math section 2).
+    """
+
+    architecture = "attention"
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        queries: Queries,
+        n_outputs: int,
+        allowed: PatchBits | None = None,
+        gates: np.ndarray | None = None,
+        bits: PatchBits | None = None,
+        activation: str = "gated_relu",
+    ) -> None:
+        self.tokens = tokens
+        self.dtype, self.device = tokens.dtype, tokens.device
+        self.rows = queries
+        self.n_samples, self.n_outputs = queries.n_rows, n_outputs
+        self.allowed = allowed
+        self.gates = gates
+        self.activation = "linear" if gates is None else activation
+        self.dim = d = tokens.shape[2]
+        self.width = d
+        self.block_shape = (1 if gates is None else len(gates), d * d, d * n_outputs)
+        if gates is not None and bits is None:
+            bits = pair_bits(tokens, queries, gates, allowed)
+        #: M o D_k; for a linear network M.
+        self.bits = allowed if gates is None else bits
+        self._kept: torch.Tensor | None = None
+
+    @cached_property
+    def inner(self) -> Queries:
+        """How the rows are made of the queries of :attr:`queries`."""
+        return Queries((len(self.tokens), 1)) if self._pooled_first else self.rows
+
+    @cached_property
+    def queries(self) -> torch.Tensor:
+        """The queries (n, m, d): tokens, or their means where only these count."""
+        if not self._pooled_first:
+            return self.rows.of(self.tokens)
+        assert self.rows.weights is not None
+        return self.rows.weights.to(self.dtype).unsqueeze(1) @ self.rows.of(self.tokens)
+
+    @property
+    def _pooled_first(self) -> bool:
+        return self.bits is None and self.rows.pooled
+
+    @property
+    def patterns(self) -> torch.Tensor:
+        """Patterns M o D_k (n, m, s, P), bool; formed in full. Without M they are True for padding too."""
+        n, m = self.rows.shape
+        s = self.tokens.shape[1]
+        if self.bits is None:
+            return torch.ones(n, m, s, 1, dtype=torch.bool, device=self.device)
+        return self.bits.rows(slice(None)).view(n, m, s, self.n_gates)
+
+    @property
+    def gate_vectors(self) -> np.ndarray | None:
+        return None if self.gates is None else gate_vectors(self.gates)
+
+    @cached_property
+    def _double(self) -> AttentionOperator:
+        return self._with(self.tokens.double())
+
+    def double(self) -> AttentionOperator:
+        return self if self.dtype == torch.float64 else self._double
+
+    def _with(self, tokens: torch.Tensor) -> AttentionOperator:
+        return AttentionOperator(
+            tokens, self.rows, self.n_outputs, self.allowed, self.gates, self.bits, self.activation
+        )
+
+    def flatten(self, Z: torch.Tensor) -> torch.Tensor:
+        n_gates, p, _ = self.block_shape
+        blocks = Z.reshape(n_gates, p, self.width, self.n_outputs)
+        return blocks.permute(2, 0, 1, 3).reshape(self.n_features, self.n_outputs)
+
+    def unflatten(self, weights: torch.Tensor) -> torch.Tensor:
+        n_gates, p, _ = self.block_shape
+        return weights.reshape(self.width, n_gates, p, self.n_outputs).permute(1, 2, 0, 3).reshape(self.block_shape)
+
+    def split_right(self, v: torch.Tensor) -> torch.Tensor:
+        return v.reshape(-1, self.n_outputs)
+
+    def merge_right(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.reshape(-1, self.block_shape[2])
+
+    # -- products of keys ---------------------------------------------------------------------------------------
+
+    def _sequence_batches(self, n_gates: int, heads: int, within: slice | None = None) -> list[slice]:
+        """Slices of sequences of whose G so many gates and rows k are formed at once."""
+        within = slice(0, len(self.tokens)) if within is None else within
+        s, d, m = self.tokens.shape[1], self.dim, self.inner.shape[1]
+        size = heads * d * (1 if self.bits is None else m * n_gates + s)
+        size += 0 if self.bits is None else 2 * m * s * n_gates
+        batches = row_batches(within.stop - within.start, 8 * (size + m * d * self.n_outputs), _BATCH_BYTES)
+        return [slice(within.start + rows.start, within.start + rows.stop) for rows in batches]
+
+    def key_products(self, sequences: slice, gates: slice, heads: slice) -> torch.Tensor:
+        """G_k[heads, :] of some gates, (queries, k, heads, d); without a mask and gates one per sequence."""
+        if self._keeps_products:
+            if self._kept is None:
+                batches = self._sequence_batches(self.n_gates, self.dim)
+                self._kept = torch.cat([self._products(part, slice(None), slice(None)) for part in batches])
+            each = 1 if self.bits is None else self.inner.shape[1]
+            return self._kept[sequences.start * each : sequences.stop * each, gates, heads]
+        return self._products(sequences, gates, heads)
+
+    @cached_property
+    def _keeps_products(self) -> bool:
+        count = len(self.tokens) * (1 if self.bits is None else self.inner.shape[1])
+        return count * self.n_gates * self.dim**2 * self.tokens.element_size() <= _CACHE_BYTES
+
+    def _products(self, sequences: slice, gates: slice, heads: slice) -> torch.Tensor:
+        keys = self.tokens[sequences]
+        chosen = keys[:, :, heads]
+        if self.bits is None:
+            return (chosen.mT @ keys).unsqueeze(1)
+        n, s, d = keys.shape
+        m = self.inner.shape[1]
+        active = self.bits.rows(sequences)[:, :, gates].view(n, m, s, -1).to(self.dtype)
+        n_gates = active.shape[3]
+        pairs = (chosen.unsqueeze(3) * keys.unsqueeze(2)).flatten(2)
+        products = active.mT.reshape(n, m * n_gates, s) @ pairs
+        return products.view(n * m, n_gates, -1, d)
+
+    def _slabs(self, gates: slice) -> Iterator[tuple[slice, slice]]:
+        """Gates and rows k of them whose parts of blocks are formed at once."""
+        start, stop, _ = gates.indices(self.n_gates)
+        _, p, q = self.block_shape
+        for batch in row_batches(stop - start, 8 * p * q, _BLOCK_BYTES):
+            some = slice(start + batch.start, start + batch.stop)
+            heads = self.dim if 8 * p * q <= _BLOCK_BYTES else max(1, _SLAB_BYTES // (8 * self.dim * q))
+            for first in range(0, self.dim, heads):
+                yield some, slice(first, min(first + heads, self.dim))
+
+    # -- the map and its adjoint --------------------------------------------------------------------------------
+
+    def apply(self, Z: torch.Tensor) -> torch.Tensor:
+        n_gates, d, c = self.n_gates, self.dim, self.n_outputs
+        if not bool(Z.any()):
+            return Z.new_zeros(self.n_samples, c)
+        blocks = Z.reshape(n_gates, d, d, d, c)
+        each = 1 if self.bits is None else self.inner.shape[1]
+        parts = []
+        large = row_batches(len(self.tokens), each * d * c * self.tokens.element_size(), _CACHE_BYTES)
+        for sequences in batches_of(large, "predictions"):
+            sums = Z.new_zeros((sequences.stop - sequences.start) * each, d * c)
+            for gates, heads in self._slabs(slice(None)):
+                weights = blocks[gates, heads].transpose(2, 3).reshape(-1, d * c)
+                for part in self._sequence_batches(gates.stop - gates.start, heads.stop - heads.start, sequences):
+                    place = slice((part.start - sequences.start) * each, (part.stop - sequences.start) * each)
+                    sums[place].addmm_(self.key_products(part, gates, heads).flatten(1), weights)
+            queries = self.queries[sequences]
+            if each == 1:
+                values = queries @ sums.view(-1, d, c)
+            else:
+                values = (queries.unsqueeze(2) @ sums.view(*queries.shape, c)).squeeze(2)
+            places = self.inner.sequences(self.inner.rows_of(sequences))[1]
+            parts.append(self.inner.collect(values, sequences, places))
+        return torch.cat(parts)
+
+    def adjoint(self, L: torch.Tensor) -> torch.Tensor:
+        return self.adjoint_blocks(L, slice(None))
+
+    def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
+        start, stop, _ = gates.indices(self.n_gates)
+        d = self.dim
+        blocks = L.new_empty(stop - start, d, d, d, self.n_outputs)
+        for some, heads in self._slabs(gates):
+            blocks[some.start - start : some.stop - start, heads] = self._adjoint_slab(L, some, heads)
+        return blocks.view(stop - start, *self.block_shape[1:])
+
+    def _adjoint_slab(self, L: torch.Tensor, gates: slice, heads: slice) -> torch.Tensor:
+        """Rows (k, a), k in heads, of some blocks of A*(L), as (gates, k, a, l, b)."""
+        d, c = self.dim, self.n_outputs
+        n_gates, n_heads = gates.stop - gates.start, heads.stop - heads.start
+        total = L.new_zeros(n_gates * n_heads * d, d * c)
+        for sequences in batches_of(self._sequence_batches(n_gates, n_heads), "gradient"):
+            rows = self.inner.rows_of(sequences)
+            spread = self.inner.spread(L[rows], sequences, self.inner.sequences(rows)[1])
+            queries = self.queries[sequences]
+            if self.bits is None:
+                products = queries.mT @ spread
+            else:
+                products = (queries.unsqueeze(3) * spread.unsqueeze(2)).flatten(0, 1)
+            total.addmm_(self.key_products(sequences, gates, heads).flatten(1).T, products.flatten(1))
+        return total.view(n_gates, n_heads, d, d, c).transpose(2, 3)
+
+    @property
+    def streams_blocks(self) -> bool:
+        _, p, q = self.block_shape
+        return 8 * p * q > _BLOCK_BYTES and p >= q
+
+    def adjoint_parts(self, L: torch.Tensor, gate: int) -> Iterator[torch.Tensor]:
+        for some, heads in self._slabs(slice(gate, gate + 1)):
+            yield self._adjoint_slab(L, some, heads).reshape(-1, self.block_shape[2])
+
+    def adjoint_size(self, L: torch.Tensor) -> float:
+        norms = torch.linalg.vector_norm(L.double(), dim=1)
+        eps = torch.finfo(torch.float64).eps
+        return float((self._sizes * norms).sum()) * (1 + 4 * (len(norms) + self.n_outputs) * eps)
+
+    def gate_batches(self) -> list[slice]:
+        n_gates, p, q = self.block_shape
+        return row_batches(n_gates, 8 * p * q, _BLOCK_BYTES)
+
+    # -- columns ------------------------------------------------------------------------------------------------
+
+    def column_batches(self, n_columns: int) -> list[slice]:
+        s, d, m = self.tokens.shape[1], self.dim, self.inner.shape[1]
+        size = m * n_columns * (2 * d + 2 * s) + (0 if self.bits is None else m * s * (self.n_gates + 2 * n_columns))
+        batches = row_batches(len(self.tokens), 8 * size, _BATCH_BYTES)
+        return [self.inner.rows_of(sequences) for sequences in batches]
+
+    def hidden(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
+        sequences, places = self.inner.sequences(rows)
+        active = None if self.bits is None else self._active(sequences, gate)
+        return self._heads(u, sequences, places, active)
+
+    def _active(self, sequences: slice, gate: torch.Tensor) -> torch.Tensor:
+        """M o D of the gates of r columns, (n, m, r, s)."""
+        assert self.bits is not None
+        n, m, s = sequences.stop - sequences.start, self.inner.shape[1], self.tokens.shape[1]
+        return self.bits.rows(sequences)[:, :, gate].view(n, m, s, len(gate)).mT.to(self.dtype)
+
+    def _heads(
+        self,
+        u: torch.Tensor,
+        sequences: slice,
+        places: torch.Tensor | None,
+        active: torch.Tensor | None,
+        relu: bool = False,
+    ) -> torch.Tensor:
+        """Hidden outputs (rows, r d): scores x_t^T U_j x_t', times `active` or through a ReLU, times the keys."""
+        r, d = len(u), self.dim
+        keys, queries = self.tokens[sequences], self.queries[sequences]
+        n, m = queries.shape[:2]
+        left = (queries.reshape(n * m, d) @ u.reshape(r * d, d).T).view(n, m * r, d)
+        if active is None:
+            heads = left @ (keys.mT @ keys) if self._through_products(m * r) else (left @ keys.mT) @ keys
+            return self.inner.collect(heads.view(n, m, r * d), sequences, places)
+        scores = (left @ keys.mT).view(n, m, r, keys.shape[1])
+        scores = (scores.clamp_min_(0) if relu else scores).mul_(active)
+        if self.inner.pooled:
+            scores = self.inner.collect(scores, sequences, places)
+            return (scores @ keys).flatten(1)
+        heads = scores.view(n, m * r, keys.shape[1]) @ keys
+        return self.inner.collect(heads.view(n, m, r * d), sequences, places)
+
+    def _through_products(self, n_rows: int) -> bool:
+        """Whether X^T X is the cheaper way to so many rows times X^T X."""
+        s, d = self.tokens.shape[1:]
+        return s * d + n_rows * d < 2 * n_rows * s
+
+    def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
+        sequences, places = self.inner.sequences(rows)
+        r, d = len(gate), self.dim
+        keys, queries = self.tokens[sequences], self.queries[sequences]
+        n, m = queries.shape[:2]
+        if self.bits is None:
+            spread = self.inner.spread(M, sequences, places).reshape(n, m * r, d)
+            left = spread @ (keys.mT @ keys) if self._through_products(m * r) else (spread @ keys.mT) @ keys
+        else:
+            if self.inner.pooled:
+                scores = self.inner.spread(M.reshape(n, r, d) @ keys.mT, sequences, places)
+            else:
+                spread = self.inner.spread(M, sequences, places)
+                scores = (spread.reshape(n, m * r, d) @ keys.mT).view(n, m, r, keys.shape[1])
+            left = scores.mul_(self._active(sequences, gate)).view(n, m * r, keys.shape[1]) @ keys
+        return (left.reshape(n * m, r * d).T @ queries.reshape(n * m, d)).view(r, d * d)
+
+    def network_outputs(self, columns: Columns) -> torch.Tensor:
+        if self.activation != "relu":
+            return self.apply_columns(columns)
+        used = columns.without_zeros()
+        weights = self.split_right(used.v)
+        outputs = []
+        for rows in self.column_batches(len(used)):
+            sequences, places = self.inner.sequences(rows)
+            allowed = self._allowed(sequences).unsqueeze(2).to(self.dtype)
+            outputs.append(self._heads(used.u, sequences, places, allowed, relu=True) @ weights)
+        return torch.cat(outputs)
+
+    def _allowed(self, sequences: slice) -> torch.Tensor:
+        """M of some sequences, (n, m, s) bool."""
+        assert self.allowed is not None
+        return self.allowed.rows(sequences).view(-1, self.rows.shape[1], self.tokens.shape[1])
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def subset(self, rows: torch.Tensor) -> AttentionOperator:
+        queries, sequences, query = self.rows.subset(rows)
+
+        def part(bits: PatchBits | None) -> PatchBits | None:
+            if bits is None or query is None:
+                return None if bits is None else bits.subset(sequences)
+            n, m = self.rows.shape
+            return PatchBits(bits.data.view(n, m, self.tokens.shape[1], -1)[sequences, query], bits.n_gates)
+
+        return AttentionOperator(
+            self.tokens[sequences],
+            queries,
+            self.n_outputs,
+            part(self.allowed),
+            self.gates,
+            None if self.gates is None else part(self.bits),
+            self.activation,
+        )
+
+    def select(self, gates: torch.Tensor) -> AttentionOperator:
+        if self.gates is None or self.bits is None:
+            return self
+        return AttentionOperator(
+            self.tokens,
+            self.rows,
+            self.n_outputs,
+            self.allowed,
+            np.ascontiguousarray(self.gates[gates.cpu().numpy()]),
+            self.bits.select(gates),
+            self.activation,
+        )
+
+    # -- bounds -------------------------------------------------------------------------------------------------
+
+    def _row_sums(self, of_keys: torch.Tensor) -> torch.Tensor:
+        """sum over queries of ||x_t|| times the sum over the keys that it can see of (n, s, j), as (rows, j)."""
+        queries = self.rows.of(self.tokens).double().norm(dim=2)
+        everything = slice(0, len(self.tokens))
+        if self.allowed is None:
+            sums = of_keys.sum(1).unsqueeze(1).expand(-1, queries.shape[1], -1)
+        else:
+            sums = self._allowed(everything).double() @ of_keys
+        places = None if self.rows.pooled else self.rows.places
+        rows = self.rows.collect(queries.unsqueeze(2) * sums, everything, places)
+        return rows * (1 + 4 * (sum(self.tokens.shape[1:]) + queries.shape[1] + 8) * torch.finfo(torch.float64).eps)
+
+    @cached_property
+    def _sizes(self) -> torch.Tensor:
+        """sum_t w_t ||x_t|| sum_t' ||x_t'||^2 of every row, float64: bounds of its features in any gate, rounded up."""
+        return self._row_sums(self.tokens.double().square().sum(2, keepdim=True))[:, 0]
+
+    @property
+    def _terms(self) -> int:
+        """Roundings on the way to an entry of the features, and to a sum over the rows of a sequence."""
+        return 2 * self.tokens.shape[1] + self.rows.shape[1] + 8
+
+    @cached_property
+    def _underflow(self) -> float:
+        """More than underflow can take from a product of three tokens."""
+        largest = float(self.tokens.abs().max())
+        return 8 * self.tokens.shape[1] ** 2 * self.dim**3 * torch.finfo(self.dtype).tiny * (1 + largest)
+
+    def adjoint_rounding(self, L: torch.Tensor) -> float:
+        eps = torch.finfo(self.dtype).eps / 2
+        relative = 4 * (self.n_samples + self._terms) * eps
+        return relative * self.adjoint_size(L) + self._underflow * float(L.double().abs().sum())
+
+    def apply_rounding(self, Z: torch.Tensor) -> float:
+        eps = torch.finfo(self.dtype).eps / 2
+        blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
+        size = float(torch.linalg.vector_norm(self._sizes))
+        return (4 * (self.n_features + self._terms) * eps * size + self._underflow) * blocks
+
+    @cached_property
+    def row_squares(self) -> torch.Tensor:
+        keys = self.tokens.double()
+        return self._row_sums(keys.norm(dim=2, keepdim=True) * keys.abs()).square().to(self.dtype)
+
+    @cached_property
+    def prediction_norm(self) -> float:
+        return float(self._sizes.max())
+
+    def _pairs(self) -> torch.Tensor:
+        """The pairs of tokens that count, (pairs, 3): sequence, query, key."""
+        allowed = self._allowed(slice(0, len(self.tokens)))
+        used = self.rows.used()
+        return (allowed if used is None else allowed & used.unsqueeze(2)).nonzero()
+
+    @property
+    def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sequence, query, key = self._pairs().T
+        rows = pair_rows(self.rows.of(self.tokens)[sequence, query], self.tokens[sequence, key])
+        return rows, self.patterns[sequence, query, key]
+
+    def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
+        sequence, query, key = self._pairs().T
+        everything = slice(0, len(self.tokens))
+        norms = self.rows.spread(nu.norm(dim=1), everything, None if self.rows.pooled else self.rows.places)
+        return norms[sequence, query] * self.tokens.norm(dim=2)[sequence, key]
+
+    # -- kernel and features ------------------------------------------------------------------------------------
+
+    def kernel(self) -> torch.Tensor:
+        return attention_kernel(self)
+
+    def features(self, rows: slice) -> torch.Tensor:
+        """The features (rows, d P d d) of one output, index (l, gate, k, a)."""
+        sequences, places = self.inner.sequences(rows)
+        products = self.key_products(sequences, slice(0, self.n_gates), slice(0, self.dim)).permute(0, 3, 1, 2)
+        queries = self.queries[sequences]
+        n, m = queries.shape[:2]
+        if self.bits is None:
+            values = products.reshape(n, 1, -1, 1) * queries.unsqueeze(2)
+        else:
+            products = products.reshape(n, m, -1)
+            if self.inner.weights is not None:
+                weights = self.inner.weights[sequences].to(self.dtype).unsqueeze(2)
+                return (products.mT @ (weights * queries)).flatten(1)
+            values = products.unsqueeze(3) * queries.unsqueeze(2)
+        return self.inner.collect(values.flatten(2), sequences, places)
+
+    def feature_batches(self) -> list[slice]:
+        m = self.inner.shape[1]
+        batches = row_batches(len(self.tokens), 2 * m * self.n_features * self.tokens.element_size(), 4 * _BATCH_BYTES)
+        return [self.inner.rows_of(sequences) for sequences in batches]
+
+    # -- the rest -----------------------------------------------------------------------------------------------
+
+    def predict(self, Z: torch.Tensor, X: np.ndarray, mask: Any = None) -> torch.Tensor:
+        """Predictions of blocks Z for new tokens X (n, s, d); with a mask of pairs in training one is wanted here."""
+        array, found = read_tokens(X, mask, "X")
+        if array.shape[2] != self.dim:
+            raise InvalidInputError(f"X has tokens of {array.shape[2]} features; {self.dim} are wanted")
+        found = found.to(self.device)
+        queries = Queries.of_mask(found, "mean" if self.rows.pooled else "tokens")
+        tokens = torch.from_numpy(array).to(self.device, self.dtype)
+        allowed = None
+        if self.gates is not None or found.pairs is not None:
+            allowed = allowed_pairs(found)
+        return AttentionOperator(tokens, queries, self.n_outputs, allowed, self.gates, None, self.activation).apply(Z)
+
+    def data_tensors(self) -> tuple[torch.Tensor, ...]:
+        parts = (self.rows.weights, self.rows.places, None if self.allowed is None else self.allowed.data)
+        return (self.tokens, *(part for part in parts if part is not None))
+
+    def describe(self) -> dict[str, Any]:
+        output = "mean" if self.rows.pooled else "tokens"
+        return {"architecture": self.architecture, "activation": self.activation, "output": output}
