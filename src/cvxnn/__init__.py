@@ -7,9 +7,11 @@ from cvxnn.diagnosis import Diagnosis, diagnose
 from cvxnn.estimators import ConvexCNNClassifier, ConvexCNNRegressor, ConvexMLPClassifier, ConvexMLPRegressor
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
+from cvxnn.operators import MappedRows, RowSource
 from cvxnn.problem import Problem
 from cvxnn.problems import attention_problem, cnn_problem, mlp_problem
 from cvxnn.relaxation import ReluDecomposition, gated_relaxation, to_relu
+from cvxnn.row_files import ParquetRows, store_rows
 from cvxnn.solvers import Result, path, solve
 from cvxnn.storage import load, save
 
@@ -22,10 +24,13 @@ __all__ = [
     "ConvexMLPRegressor",
     "ConvexMLPRegressorCV",
     "Diagnosis",
+    "MappedRows",
     "NetworkReport",
+    "ParquetRows",
     "Problem",
     "ReluDecomposition",
     "Result",
+    "RowSource",
     "Witness",
     "__version__",
     "attention_problem",
@@ -40,5 +45,6 @@ __all__ = [
     "path",
     "save",
     "solve",
+    "store_rows",
     "to_relu",
 ]

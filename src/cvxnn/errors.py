@@ -4,6 +4,7 @@ __all__ = [
     "CertificationWarning",
     "CvxnnError",
     "DependencyError",
+    "DistributedError",
     "InvalidInputError",
     "StorageError",
     "UnsupportedError",
@@ -28,6 +29,10 @@ class DependencyError(CvxnnError, ImportError):
 
 class StorageError(CvxnnError, OSError):
     """A file cannot be read or written: damaged, foreign, newer, or no permission."""
+
+
+class DistributedError(CvxnnError, RuntimeError):
+    """The processes of a run do not answer, or do not agree."""
 
 
 class CertificationWarning(UserWarning):

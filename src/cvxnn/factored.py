@@ -49,6 +49,8 @@ class FactoredLoss:
             total = chosen.sum()
             self.weights = chosen * (self.weights.sum() / total) if float(total) > 0 else chosen
         self.op: Operator = op
+        # Of samples that are shared out to processes, sums run over those of this one, and are added up at the end.
+        self._mine = (op.own(self.Y), op.own(self.weights))
 
     def slopes(self, columns: Columns, b: torch.Tensor) -> Slopes:
         """Value and gradients."""
@@ -57,25 +59,30 @@ class FactoredLoss:
         left, right = torch.zeros_like(columns.u), torch.zeros_like(weights)
         offset = torch.zeros_like(b)
         value = 0.0
-        for rows in op.column_batches(len(columns)):
-            hidden = op.hidden(columns.gate, columns.u, rows)
+        local = op.local
+        for rows in local.column_batches(len(columns)):
+            hidden = local.hidden(columns.gate, columns.u, rows)
             outputs = torch.addmm(b, hidden, weights)
-            Y, w = self.Y[rows], self.weights[rows]
+            Y, w = (part[rows] for part in self._mine)
             value += float(loss.value(outputs, Y, w))
             gradient = loss.gradient(outputs, Y, w)
-            left += op.hidden_adjoint(columns.gate, gradient @ weights.T, rows)
+            left += local.hidden_adjoint(columns.gate, gradient @ weights.T, rows)
             right.addmm_(hidden.T, gradient)
             if self.problem.output_bias:
                 offset += gradient.sum(0)
+        value = op.summed(value, left, right, offset)
         return Slopes(value, left, op.merge_right(right), offset)
 
     def energies(self, gate: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """sum_i w_i h_i^2 for every hidden output of the columns u (r, p), (r w,)."""
-        parts = (
-            (self.weights[rows].unsqueeze(1) * self.op.hidden(gate, u, rows).square()).sum(0)
-            for rows in self.op.column_batches(len(u))
-        )
-        return torch.stack(list(parts)).sum(0)
+        local, weights = self.op.local, self._mine[1]
+        parts = [
+            (weights[rows].unsqueeze(1) * local.hidden(gate, u, rows).square()).sum(0)
+            for rows in local.column_batches(len(u))
+        ]
+        total = torch.stack(parts).sum(0)
+        self.op.summed(0.0, total)
+        return total
 
     def hessian_product(
         self, columns: Columns, b: torch.Tensor, du: torch.Tensor, dv: torch.Tensor, db: torch.Tensor | None = None
@@ -86,16 +93,18 @@ class FactoredLoss:
         weights, change_right = op.split_right(columns.v), op.split_right(dv)
         left, right = torch.zeros_like(columns.u), torch.zeros_like(weights)
         offset = torch.zeros_like(b)
-        for rows in op.column_batches(2 * len(columns)):
-            hidden, moved = op.hidden(gate, columns.u, rows), op.hidden(gate, du, rows)
+        local = op.local
+        for rows in local.column_batches(2 * len(columns)):
+            hidden, moved = local.hidden(gate, columns.u, rows), local.hidden(gate, du, rows)
             outputs = torch.addmm(b, hidden, weights)
             change = moved @ weights + hidden @ change_right + db
-            Y, w = self.Y[rows], self.weights[rows]
+            Y, w = (part[rows] for part in self._mine)
             gradient = loss.gradient(outputs, Y, w)
             second = loss.hessian_product(outputs, Y, w, change)
-            left += op.hidden_adjoint(gate, second @ weights.T + gradient @ change_right.T, rows)
+            left += local.hidden_adjoint(gate, second @ weights.T + gradient @ change_right.T, rows)
             right += hidden.T @ second + moved.T @ gradient
             offset += second.sum(0)
+        op.summed(0.0, left, right, offset)
         right = op.merge_right(right)
         curvature = float((left * du).sum() + (right * dv).sum() + (offset * db).sum())
         return Slopes(curvature, left, right, offset)

@@ -206,6 +206,8 @@ def _with_activation(problem: Problem, activation: str, scopes: dict[str, str]) 
     op = problem.operator
     if not isinstance(op, MLPOperator):
         raise UnsupportedError(f"the architecture is {op.architecture!r}; cones are there for 'mlp' only")
+    if not isinstance(op.X, torch.Tensor):
+        raise UnsupportedError("the samples are read from a file in passes; cones need X in memory")
     return Problem(
         MLPOperator(op.X, op.n_outputs, op.gates, op.patterns, activation),
         problem.Y,

@@ -6,5 +6,21 @@ from cvxnn.operators.cnn import FEATURES, CNNOperator
 from cvxnn.operators.mlp import MLPOperator
 from cvxnn.operators.patches import PatchGeometry
 from cvxnn.operators.pooling import pooling_matrix
+from cvxnn.operators.rows import MappedRows, Rows, RowSource
+from cvxnn.operators.sharded import ShardedOperator
+from cvxnn.operators.streamed import StreamedMLPOperator
 
-__all__ = ["FEATURES", "AttentionOperator", "CNNOperator", "MLPOperator", "Operator", "PatchGeometry", "pooling_matrix"]
+__all__ = [
+    "FEATURES",
+    "AttentionOperator",
+    "CNNOperator",
+    "MLPOperator",
+    "MappedRows",
+    "Operator",
+    "PatchGeometry",
+    "RowSource",
+    "Rows",
+    "ShardedOperator",
+    "StreamedMLPOperator",
+    "pooling_matrix",
+]

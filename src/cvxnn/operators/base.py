@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
+from cvxnn.distributed import Group
 from cvxnn.operators.passes import batches_of
 from cvxnn.operators.symmetric import add_product
 
@@ -45,6 +46,10 @@ class Operator(ABC):
     width: int = 1
     #: Whether a pass over the samples takes long, as features are formed again each time.
     passes_are_dear: bool = False
+    #: The processes that the samples are shared out to; None where they are all in this one.
+    group: Group | None = None
+    #: Whether hidden outputs and features of any samples can be had here.
+    has_rows: bool = True
     dtype: torch.dtype
     device: torch.device
 
@@ -70,6 +75,23 @@ class Operator(ABC):
     def unflatten(self, weights: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`flatten`, which is also its adjoint."""
         return weights.view(self.block_shape)
+
+    @property
+    def local(self) -> Operator:
+        """The map of the samples that are in this process, as a rule all."""
+        return self
+
+    def own(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of values (n, ...) that belong to the samples of `local`."""
+        return values
+
+    def summed(self, value: float, *tensors: torch.Tensor) -> float:
+        """Add up what every process has of a sum over the samples: the tensors in place, the value as the result."""
+        return value
+
+    def part(self, rows: slice) -> Operator:
+        """The same map for a range of the samples."""
+        return self.subset(torch.arange(self.n_samples, device=self.device)[rows])
 
     @property
     @abstractmethod

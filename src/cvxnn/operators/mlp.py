@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -255,6 +256,6 @@ def _largest(matrix: torch.Tensor) -> float:
     return max(float(part.abs().max()) for part in _parts(matrix))
 
 
-def _parts(matrix: torch.Tensor) -> list[torch.Tensor]:
+def _parts(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
     """The rows in parts, as they may be on disk."""
-    return [matrix[rows] for rows in row_batches(len(matrix), matrix.shape[1] * matrix.element_size())]
+    return (matrix[rows] for rows in row_batches(len(matrix), matrix.shape[1] * matrix.element_size()))

@@ -13,6 +13,7 @@ from cvxnn.gates import choose_gates
 from cvxnn.losses import Loss
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
+from cvxnn.problems.rows import as_row_source, streamed_operator
 from cvxnn.problems.task import read_task
 from cvxnn.validation import as_matrix, check_range
 
@@ -51,9 +52,10 @@ def mlp_problem(
 
     Parameters
     ----------
-    X : array-like of shape (n, d)
-        Data, NumPy or torch (or a data frame of numbers). A float64 ``numpy.memmap`` is not copied with
-        ``dtype="float64"`` and without `hidden_bias`: rows are read when they are needed.
+    X : array-like of shape (n, d) or RowSource
+        Data, NumPy or torch (or a data frame of numbers). A ``numpy.memmap`` and sources such as
+        :class:`cvxnn.ParquetRows` are not copied: rows are read when they are needed, in passes, and only their
+        patterns are kept, a bit per gate. ReLU and "enumerate" need them in memory.
     Y : array-like of shape (n,) or (n, c)
         1-D integers or strings are class labels (one-hot, one column per class); 1-D floats are one
         regression output; 2-D is taken as it is.
@@ -118,6 +120,12 @@ def mlp_problem(
     task = read_task(
         Y, activation, beta, loss, reduction, norms, sample_weight, hidden_bias, output_bias, dtype, device
     )
+    source = as_row_source(X)
+    needed_in_memory = isinstance(X, np.memmap) and (activation == "relu" or isinstance(gates, str))
+    if source is not None and not needed_in_memory:
+        task.check_samples(len(source))
+        sampling = {"n_gates": n_gates, "gate_sampling": gate_sampling, "gate_quantile": gate_quantile}
+        return task.problem(*streamed_operator(source, task, gates, **sampling, random_state=random_state))
     data = as_matrix(X, "X")
     task.check_samples(len(data))
     if task.hidden_bias:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.distributed import current_group
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Loss, get_loss
 from cvxnn.norms import MatrixNorm, get_norm
-from cvxnn.operators import Operator
+from cvxnn.operators import Operator, ShardedOperator
 from cvxnn.patterns import Coverage
 from cvxnn.problem import Problem
 from cvxnn.validation import (
@@ -70,7 +71,13 @@ class Task:
         return False
 
     def problem(self, operator: Operator, scope: str, coverage: Coverage | None = None) -> Problem:
-        """The problem of an operator on the samples."""
+        """The problem of an operator on the samples; within :func:`cvxnn.distributed.start` they are shared out."""
+        group = current_group()
+        if group is not None and operator.group is None:
+            if self.activation == "relu":
+                raise UnsupportedError("activation is 'relu', whose cones need the samples of all processes in one")
+            share = group.share(operator.n_samples)
+            operator = ShardedOperator(operator.part(share), group, operator.n_samples)
         total = self._total if self.reduction == "mean" else 1.0
         return Problem(
             operator,

@@ -87,6 +87,7 @@ class Admm(Solver):
     name = "admm"
     Options = AdmmOptions
     default_max_iter: ClassVar[int] = 50_000
+    sharded: ClassVar[bool] = True
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

@@ -145,6 +145,9 @@ def solve(
         raise InvalidInputError("callbacks holds something that cannot be called; a sequence of functions is wanted")
     if resume and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
+    group = problem.operator.group
+    if group is not None and random_state is None:
+        random_state = int(group.of_first(np.random.randint(2**31)))  # noqa: NPY002
     return run(
         kind(problem, options, tol, time_limit, rank, random_state),
         max_iter=kind.default_max_iter if max_iter is None else max_iter,
@@ -162,6 +165,9 @@ def _lacking(kind: type[Solver], problem: Problem) -> str | None:
     if problem.cones is not None and not kind.cones:
         able = ", ".join(repr(name) for name, solver in SOLVERS.items() if solver.cones)
         return f"it does not keep the columns of ReLU networks in their cones; one of {able} is wanted"
+    if problem.operator.group is not None and not kind.sharded:
+        able = ", ".join(repr(name) for name, solver in SOLVERS.items() if solver.sharded)
+        return f"the samples are shared out to several processes; one of {able} is wanted"
     return kind.unsupported(problem)
 
 

@@ -55,6 +55,8 @@ class Solver(ABC):
         Iterations between two certificates (they get rarer in long runs).
     cones : bool
         Whether it keeps the columns of ReLU problems in their cones.
+    sharded : bool
+        Whether it runs on samples that are shared out to processes.
     """
 
     name: ClassVar[str]
@@ -63,6 +65,7 @@ class Solver(ABC):
     factored: ClassVar[bool] = False
     check_every: ClassVar[int] = 10
     cones: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ class Saved:
     dual: torch.Tensor | None
     solver_state: dict[str, Any]
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    next_check: int | None = None
 
 
 def fingerprint(problem: Problem, solver: Solver) -> str:
@@ -43,7 +46,7 @@ def fingerprint(problem: Problem, solver: Solver) -> str:
     facts = [op.describe(), problem.loss, problem.norm.name, problem.beta, problem.output_bias]
     facts += [solver.name, asdict(solver.options), str(problem.dtype), *solver.run_facts()]
     digest.update(repr(facts).encode())
-    for tensor in (problem.Y, problem.weights, *op.data_tensors()):
+    for tensor in chain((problem.Y, problem.weights), op.data_tensors()):
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
     if op.gates is not None:
         digest.update(np.ascontiguousarray(op.gates).data)
@@ -51,7 +54,7 @@ def fingerprint(problem: Problem, solver: Solver) -> str:
 
 
 class Checkpoint:
-    """Writes and reads the checkpoint file of one run."""
+    """Writes and reads the checkpoint file of one run; of several processes only the first does."""
 
     def __init__(self, path: str | Path, problem: Problem, solver: Solver) -> None:
         self.path = Path(path)
@@ -59,18 +62,24 @@ class Checkpoint:
         self.solver = solver
         self.fingerprint = fingerprint(problem, solver)
         self._last = time.monotonic()
+        self.group = problem.operator.group
+        self._writes = self.group is None or self.group.rank == 0
+        if not self._writes:
+            return
         if not self.path.parent.is_dir():
             raise StorageError(f"cannot write {self.path}: its folder does not exist")
         if self.path.is_dir():
             raise StorageError(f"cannot write {self.path}: it is a folder; the name of a file is wanted")
 
-    def save_if_due(self, iteration: int, seconds: float, best: Any, state: dict[str, Any]) -> None:
+    def save_if_due(self, iteration: int, seconds: float, best: Any, state: dict[str, Any], next_check: int) -> None:
         """Write when the interval has passed."""
         if time.monotonic() - self._last >= INTERVAL:
-            self.save(iteration, seconds, best, state)
+            self.save(iteration, seconds, best, state, next_check)
 
-    def save(self, iteration: int, seconds: float, best: Any, state: dict[str, Any]) -> None:
+    def save(self, iteration: int, seconds: float, best: Any, state: dict[str, Any], next_check: int) -> None:
         """Write the best point and the state of the solver in one step."""
+        if not self._writes:
+            return
         numbers = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
         arrays = {f"state.{k}": v.cpu().numpy() for k, v in state.items() if isinstance(v, torch.Tensor)}
         for name in ("Z", "intercept", "dual"):
@@ -86,6 +95,7 @@ class Checkpoint:
             "seconds": seconds,
             "trace": finite,
             "state": numbers,
+            "next_check": next_check,
         }
         write_tensors(self.path, "checkpoint", header, arrays)
         self._last = time.monotonic()
@@ -98,9 +108,10 @@ class Checkpoint:
         StorageError
             The file is damaged, or belongs to another problem, solver or set of options.
         """
-        if not self.path.exists():
+        found = self._read()
+        if found is None:
             return None
-        header, arrays = read_tensors(self.path, "checkpoint")
+        header, arrays = found
         if header["fingerprint"] != self.fingerprint:
             raise StorageError(
                 f"{self.path} is the checkpoint of another run (other data, beta, solver or options); "
@@ -121,4 +132,19 @@ class Checkpoint:
             dual=tensors.get("dual"),
             solver_state=state,
             factors=(tensors["U"], tensors["V"]) if "U" in tensors else None,
+            next_check=header.get("next_check"),
         )
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """Header and arrays of the file; the first of several processes sends it to the others."""
+        if self.group is None:
+            return read_tensors(self.path, "checkpoint") if self.path.exists() else None
+        data = self.group.bytes_of_first(self.path.read_bytes() if self._writes and self.path.exists() else None)
+        if not data:
+            return None
+        if self._writes:
+            return read_tensors(self.path, "checkpoint")
+        with TemporaryDirectory() as folder:
+            copy = Path(folder) / self.path.name
+            copy.write_bytes(data)
+            return read_tensors(copy, "checkpoint")

@@ -14,7 +14,7 @@ import torch
 from cvxnn.bounds import dual_bound
 from cvxnn.certificates import Certificate, Evaluation, certificate_of, evaluate, relative_gap
 from cvxnn.dual_norms import bounds_are_cheap
-from cvxnn.errors import InvalidInputError
+from cvxnn.errors import DistributedError, InvalidInputError
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.solvers.checkpoint import Checkpoint
@@ -100,6 +100,13 @@ class _Best:
         )
         return self.trace[-1]
 
+    def replay(self) -> None:
+        """What the trace of a run that goes on says of its improvement."""
+        self.improved_to, self.improved_at = float("inf"), 0
+        for entry in self.trace:
+            if entry["relative_gap"] < 0.99 * self.improved_to:
+                self.improved_to, self.improved_at = entry["relative_gap"], entry["iteration"]
+
     def stalled(self, iteration: int, dtype: torch.dtype) -> bool:
         """Whether a run in single precision has stopped improving: its rounding errors are the limit."""
         window = max(1000, iteration // 2)
@@ -120,6 +127,7 @@ def run(
     """Run a solver to the tolerance or a limit, and certify exactly the point that is returned."""
     begin = time.perf_counter()
     problem, tol = solver.problem, solver.tol
+    group = problem.operator.group
     best = _Best()
     store = Checkpoint(checkpoint, problem, solver) if checkpoint is not None else None
     iteration, spent = 0, 0.0
@@ -132,8 +140,12 @@ def run(
         """Time for the bounds of one certificate: a part of what was spent so far."""
         return _FIRST_SECONDS + _CERTIFICATE_SHARE * elapsed()
 
-    status, stopped = "max_iter", False
-    with Progress(solver.name, tol, verbose) as progress:
+    def agreed(flag: bool) -> bool:
+        """What all processes are to do, where clocks and callbacks may differ."""
+        return flag if group is None else group.of_first(flag) > 0
+
+    status, next_check, stopped = "max_iter", 0, False
+    with Progress(solver.name, tol, verbose if group is None or group.rank == 0 else 0) as progress:
         try:
             best.update(problem, init if init is not None else solver.zero(), share())
             if best.gap <= tol:
@@ -141,40 +153,49 @@ def run(
                 best.record(0, elapsed(), {})
             else:
                 solver.start(init)
-                if store is not None and resume and (saved := store.load()) is not None:
+                saved = store.load() if store is not None and resume else None
+                if saved is not None:
                     solver.load_state(saved.solver_state)
                     iteration, spent, best.trace = saved.iteration, saved.seconds, saved.trace
                     best.update(problem, Iterate(saved.Z, saved.intercept, saved.dual, saved.factors), share())
+                    best.replay()
                     state = saved.solver_state
                     if best.gap <= tol:
                         status = "certified"
                 next_check = _next_check(iteration, solver.check_every)
+                if saved is not None and saved.next_check is not None:
+                    next_check = saved.next_check
                 while status != "certified" and iteration < max_iter:
                     solver.step()
                     iteration += 1
                     if store is not None:
                         # Kept for Ctrl-C in the middle of the next step.
                         state = solver.state()
-                    out_of_time = time_limit is not None and elapsed() >= time_limit
+                    out_of_time = time_limit is not None and agreed(elapsed() >= time_limit)
                     last = out_of_time or solver.finished or iteration >= max_iter
                     if iteration < next_check and not last:
+                        if store is not None and state is not None:
+                            store.save_if_due(iteration, elapsed(), best, state, next_check)
                         continue
                     next_check = _next_check(iteration, solver.check_every)
                     estimate = None if last else solver.estimated_gap()
                     if estimate is not None and estimate > tol:
                         progress.estimate(iteration, estimate)
                         if store is not None:
-                            store.save_if_due(iteration, elapsed(), best, solver.state())
+                            store.save_if_due(iteration, elapsed(), best, solver.state(), next_check)
                         continue
                     finite = best.update(problem, solver.iterate(), share())
+                    if group is not None:
+                        group.check_agreement(best.primal, best.lower)
                     entry = best.record(iteration, elapsed(), solver.facts())
                     progress.update(entry)
                     stop = [callback(entry) for callback in callbacks]
+                    called_off = bool(callbacks) and agreed(any(stop))
                     if best.gap <= tol:
                         status = "certified"
                     elif not finite:
                         status = "diverged"
-                    elif any(stop):
+                    elif called_off:
                         status = "interrupted"
                     elif out_of_time:
                         status = "time_limit"
@@ -182,10 +203,17 @@ def run(
                         status = "stationary"
                     elif iteration < max_iter:
                         if store is not None:
-                            store.save_if_due(iteration, elapsed(), best, solver.state())
+                            store.save_if_due(iteration, elapsed(), best, solver.state(), next_check)
                         continue
                     break
-        except (KeyboardInterrupt, torch.linalg.LinAlgError) as cause:
+        except (KeyboardInterrupt, DistributedError, torch.linalg.LinAlgError) as cause:
+            if isinstance(cause, DistributedError) or (group is not None and isinstance(cause, KeyboardInterrupt)):
+                # The other processes may be anywhere in their work, or gone: there is no certificate to be had.
+                if store is not None and state is not None:
+                    store.save(iteration, elapsed(), best, state, next_check)
+                if isinstance(cause, DistributedError):
+                    raise
+                raise DistributedError(f"the run was interrupted after {iteration} iterations") from cause
             stopped = isinstance(cause, KeyboardInterrupt)
             status = "interrupted" if stopped else "diverged"
             if best.intercept is None:
@@ -196,7 +224,7 @@ def run(
                     if best.update(problem, solver.iterate(), share()):
                         best.record(iteration, elapsed(), solver.facts())
         if store is not None and state is not None:
-            store.save(iteration, elapsed(), best, state)
+            store.save(iteration, elapsed(), best, state, next_check)
 
     if best.intercept is None:
         raise InvalidInputError(

@@ -40,6 +40,7 @@ class Fista(Solver):
     name = "fista"
     Options = FistaOptions
     default_max_iter: ClassVar[int] = 100_000
+    sharded: ClassVar[bool] = True
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

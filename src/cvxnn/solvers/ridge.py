@@ -233,6 +233,8 @@ def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor
 
 def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
     """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
+    if not operator.has_rows:
+        return "features"
     n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
     passes = 4.0 * n * features * c
     samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)

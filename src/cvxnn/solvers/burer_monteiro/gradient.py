@@ -72,6 +72,7 @@ class Descent(BurerMonteiro):
     Options = DescentOptions
     default_max_iter: ClassVar[int] = 20_000
     check_every: ClassVar[int] = 10
+    sharded: ClassVar[bool] = True
     #: Iterations between two estimates of the curvature, with ``step=None``.
     estimate_every: ClassVar[int] = 100
 

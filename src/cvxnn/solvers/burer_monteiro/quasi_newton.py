@@ -44,6 +44,7 @@ class BmLbfgs(BurerMonteiro):
     l2_only = True
     Options = LbfgsOptions
     default_max_iter: ClassVar[int] = 500
+    sharded: ClassVar[bool] = True
     check_every: ClassVar[int] = 1
     double = True
 
@@ -67,7 +68,7 @@ class BmLbfgs(BurerMonteiro):
             gtol=1e-12 * beta,
             ftol=0.0,
             history=self.options.history,
-            deadline=None if self.time_limit is None else self.begin + self.time_limit,
+            deadline=None if self.time_limit is None or self.op.group is not None else self.begin + self.time_limit,
         )
         self.columns, self.intercept = Columns(gate, *found.parts[:2]), found.parts[2]
         self.finished = not found.at_limit

@@ -1,0 +1,260 @@
+"""Samples shared out to processes: who this process is, and sums over all of them (torch.distributed)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cvxnn.errors import DistributedError, InvalidInputError, UnsupportedError
+
+__all__ = ["TIMEOUT", "Group", "alone", "current_group", "start"]
+
+#: Seconds that a process waits for the others by default.
+TIMEOUT = 45.0
+
+_group: ContextVar[Group | None] = ContextVar("group", default=None)
+
+
+class Group:
+    """The processes of a run; all of them call the same methods in the same order.
+
+    Attributes
+    ----------
+    rank : int
+        Number of this process, from 0.
+    size : int
+        Number of processes.
+    device : torch.device
+        Where tensors must be to be sent.
+    seconds : float
+        Time spent in communication so far, waiting for the others included.
+    sent : int
+        Bytes given to communication so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.seconds, self.sent = 0.0, 0
+
+    @contextmanager
+    def _exchange(self, n_bytes: int) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines()
+            reason = lines[0] if lines else type(error).__name__
+            raise DistributedError(
+                f"process {self.rank} of {self.size} has lost the others after {time.perf_counter() - begin:.0f} s: "
+                f"one of them has ended or hangs ({reason}); start all of them again, with resume=True where there is "
+                "a checkpoint"
+            ) from error
+        finally:
+            self.seconds += time.perf_counter() - begin
+            self.sent += n_bytes
+
+    def share(self, n: int) -> slice:
+        """The samples of this process, of n in all: a range, as long as those of the others or one shorter."""
+        if n < self.size:
+            raise InvalidInputError(f"X has {n} rows; at least one for each of the {self.size} processes is wanted")
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def add_up(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its sum over the processes, which is the same in all of them to the last bit."""
+        for dtype in {tensor.dtype: None for tensor in tensors}:
+            some = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in some]).to(self.device)
+            with self._exchange(flat.numel() * flat.element_size()):
+                dist.all_reduce(flat)
+            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def sums(self, *values: float) -> list[float]:
+        """Sums of numbers over the processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        self.add_up(total)
+        return total.tolist()
+
+    def largest(self, value: float) -> float:
+        """The largest of the numbers of all processes."""
+        found = torch.tensor([value], dtype=torch.float64, device=self.device)
+        with self._exchange(8):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return float(found)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return self.largest(float(flag)) > 0
+
+    def gather_rows(self, part: torch.Tensor, n: int) -> torch.Tensor:
+        """The rows (n, ...) of all processes, in order, of which this one has its share."""
+        longest = -(-n // self.size)
+        padded = part.new_zeros(longest, *part.shape[1:], device=self.device)
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with self._exchange(padded.numel() * padded.element_size()):
+            dist.all_gather(parts, padded)
+        lengths = [n * (rank + 1) // self.size - n * rank // self.size for rank in range(self.size)]
+        return torch.cat([rows[:length] for rows, length in zip(parts, lengths, strict=True)]).to(part.device)
+
+    def gather_bytes(self, keys: list[bytes]) -> list[list[bytes]]:
+        """The keys, all of one length and as many in each process, of every process."""
+        length = len(keys[0])
+        flat = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).to(self.device)
+        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        with self._exchange(flat.numel()):
+            dist.all_gather(parts, flat)
+        whole = [part.cpu().numpy().tobytes() for part in parts]
+        return [[data[i : i + length] for i in range(0, len(data), length)] for data in whole]
+
+    def of_first(self, number: float) -> float:
+        """A number of process 0."""
+        value = torch.tensor([float(number)], dtype=torch.float64, device=self.device)
+        with self._exchange(8):
+            dist.broadcast(value, 0)
+        return float(value)
+
+    def bytes_of_first(self, data: bytes | None) -> bytes:
+        """Bytes that process 0 has; the others give None."""
+        size = int(self.of_first(0 if data is None else len(data)))
+        flat = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if data:
+            flat.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if size:
+            with self._exchange(size):
+                dist.broadcast(flat, 0)
+        return flat.cpu().numpy().tobytes()
+
+    def check_agreement(self, *values: float) -> None:
+        """Refuse to go on where numbers that must be the same in all processes are not.
+
+        Raises
+        ------
+        DistributedError
+            They differ in a bit.
+        """
+        bits = torch.tensor(values, dtype=torch.float64).view(torch.int64).to(self.device)
+        first = bits.clone()
+        with self._exchange(8 * len(values)):
+            dist.broadcast(first, 0)
+        if self.any(not torch.equal(first, bits)):
+            raise DistributedError(
+                f"the processes disagree about the run: {list(values)} in process {self.rank}, "
+                f"{first.view(torch.float64).tolist()} in process 0; the same program, data, options and kind of "
+                "machine are wanted in all of them"
+            )
+
+
+def current_group() -> Group | None:
+    """The processes that new problems are shared out to; None outside of :func:`start`."""
+    return _group.get()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, problems are not shared out: every process has all of the samples."""
+    token = _group.set(None)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+@contextmanager
+def start(
+    *,
+    device: Any = "cpu",
+    timeout: float = TIMEOUT,
+    init_method: str | None = None,
+    rank: int | None = None,
+    size: int | None = None,
+) -> Iterator[Group]:
+    """Share the samples of all problems made within out to the processes that ``torchrun`` has started.
+
+    Every process runs the same program on the same data, keeps the rows that are its share, and gets the same
+    results. Sums over samples are sent by gloo on the CPU and by NCCL between GPUs.
+
+    Parameters
+    ----------
+    device : {"cpu", "cuda"}
+        Of the problems; with "cuda" the process uses GPU ``LOCAL_RANK``.
+    timeout : float
+        Seconds after which a process that does not answer is given up. Passes over the samples of two processes
+        must not differ by more.
+    init_method, rank, size : optional
+        How processes that ``torchrun`` has not started find each other, as in
+        ``torch.distributed.init_process_group``; by default from the environment.
+
+    Yields
+    ------
+    Group
+        `rank`, `size`, and the `seconds` spent in communication.
+
+    Raises
+    ------
+    DistributedError
+        The processes do not find each other.
+    UnsupportedError
+        A group within a group, or a torch without torch.distributed.
+    """
+    if current_group() is not None:
+        raise UnsupportedError("the samples are shared out already; one group of processes at a time is wanted")
+    if not dist.is_available():
+        raise UnsupportedError("this build of torch has no torch.distributed")
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    place = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    ours = not dist.is_initialized()
+    if ours:
+        _initialise("nccl" if kind == "cuda" else "gloo", timeout, init_method, rank, size)
+    token = _group.set(Group(place))
+    previous = _end_on_sigterm()
+    try:
+        yield _group.get()  # type: ignore[misc]
+    finally:
+        _group.reset(token)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _initialise(backend: str, timeout: float, init_method: str | None, rank: int | None, size: int | None) -> None:
+    if init_method is None and "RANK" not in os.environ:
+        raise InvalidInputError(
+            "this process was not started as one of several: 'torchrun --nproc-per-node=N ...' is wanted, "
+            "or init_method, rank and size"
+        )
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            timeout=timedelta(seconds=timeout),
+            rank=-1 if rank is None else rank,
+            world_size=-1 if size is None else size,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(f"the processes have not found each other within {timeout:g} s: {error}") from error
+
+
+def _end_on_sigterm() -> Any:
+    """Have SIGTERM, which torchrun sends when another process has ended, end the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, interrupt)
