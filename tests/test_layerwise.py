@@ -9,7 +9,8 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 
-from cvxnn.errors import CertificationWarning, InvalidInputError
+import cvxnn
+from cvxnn.errors import CertificationWarning, InvalidInputError, StorageError
 from cvxnn.files import read_tensors, write_tensors
 from cvxnn.layerwise import LayerwiseCNNClassifier, from_state, layerwise_estimate, to_state
 from cvxnn.operators import PatchGeometry
@@ -321,3 +322,19 @@ def test_on_a_gpu(options):
         assert found.certificate_.lower_bound > 0
         if "augment" not in options:
             assert found.score(*HELD) > 0.7
+
+
+def test_models_on_disk(tmp_path):
+    found = model(epochs=1, certify=False).fit(*SMALL)
+    again = cvxnn.load(cvxnn.save(found, tmp_path / "model.safetensors"))
+    assert same_weights(found, again)
+    assert (again.predict(SMALL[0]) == found.predict(SMALL[0])).all()
+    with pytest.raises(InvalidInputError, match="not fitted"):
+        cvxnn.save(model(), tmp_path / "other.safetensors")
+    header, arrays = to_state(found)
+    del header["stages"]
+    file = write_tensors(
+        tmp_path / "cut.safetensors", "model", {"class": type(found).__name__, "state": header}, arrays
+    )
+    with pytest.raises(StorageError, match="'stages' is missing"):
+        cvxnn.load(file)

@@ -5,6 +5,7 @@ from cvxnn.audit import NetworkReport, Witness, certify_network
 from cvxnn.certificates import Certificate, certify
 from cvxnn.diagnosis import Diagnosis, diagnose
 from cvxnn.estimators import ConvexCNNClassifier, ConvexCNNRegressor, ConvexMLPClassifier, ConvexMLPRegressor
+from cvxnn.layerwise import LayerwiseCNNClassifier
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
 from cvxnn.operators import MappedRows, RowSource
@@ -24,6 +25,7 @@ __all__ = [
     "ConvexMLPRegressor",
     "ConvexMLPRegressorCV",
     "Diagnosis",
+    "LayerwiseCNNClassifier",
     "MappedRows",
     "NetworkReport",
     "ParquetRows",

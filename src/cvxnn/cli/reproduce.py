@@ -18,12 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cvxnn._version import __version__
 from cvxnn.cli.options import Json, folder
 from cvxnn.cli.report import INTERRUPTED, NOT_CERTIFIED, Report, check_folder, output_folder, print_error, write_json
-from cvxnn.cli.reproduce_layerwise import chosen_grid, layerwise_runner, say_estimates, say_layerwise
+from cvxnn.cli.reproduce_layerwise import check_data, chosen_grid, layerwise_runner, say_estimates, say_layerwise
 from cvxnn.errors import InvalidInputError
 from cvxnn.experiments.complexity import COMPLEXITY_SCALES, run_complexity
 from cvxnn.experiments.complexity_report import complexity_summary, write_complexity_report
 from cvxnn.experiments.layerwise import run_layerwise
-from cvxnn.experiments.layerwise_report import layerwise_summary, write_layerwise_report
+from cvxnn.experiments.layerwise_report import layerwise_summary, uncertified, write_layerwise_report
 from cvxnn.experiments.layerwise_settings import LAYERWISE_SCALES
 from cvxnn.experiments.networks import NETWORKS_SCALES, run_networks
 from cvxnn.experiments.networks_report import networks_summary, write_networks_report
@@ -83,7 +83,7 @@ def reproduce(
     stages: Annotated[int | None, typer.Option(help="Layerwise: the first stages only.")] = None,
     seed: Annotated[int | None, typer.Option(help="Layerwise: another seed.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Layerwise: estimate memory and time, and compute nothing.")
+        bool, typer.Option("--dry-run", help="Layerwise: estimate memory and time, and train nothing.")
     ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
@@ -103,7 +103,8 @@ def reproduce(
     if study == "layerwise":
         grid, note = chosen_grid(grid, dataset, stages, seed, None if data_dir is None else str(data_dir))
         if dry_run:
-            return say_estimates(Report(as_json, quiet=quiet), grid)
+            return say_estimates(Report(as_json, quiet=quiet), grid, note)
+        check_data(grid, None if data_dir is None else str(data_dir))
         run = layerwise_runner(None if data_dir is None else str(data_dir), note, quiet or as_json)
     target = Path("results") / study if out is None else out
     check_folder(target)
@@ -242,7 +243,7 @@ def _studies() -> dict[str, _Study]:
             run_layerwise,
             write_layerwise_report,
             layerwise_summary,
-            lambda document, grid: "",
+            lambda document, grid: uncertified(document["claims"]),
             say_layerwise,
             cells="trainings",
         ),

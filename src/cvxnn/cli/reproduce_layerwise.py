@@ -14,12 +14,18 @@ from rich.console import Console
 from cvxnn._version import __version__
 from cvxnn.cli.report import Report
 from cvxnn.errors import StorageError
-from cvxnn.experiments.layerwise import LayerwiseCell, dry_run, read_images, run_layerwise, with_changes
+from cvxnn.experiments.layerwise import LayerwiseCell, read_images, run_layerwise, with_changes
+from cvxnn.experiments.layerwise_estimates import dry_run
 from cvxnn.experiments.layerwise_settings import LayerwiseGrid
+from cvxnn.layerwise.precision import tensor_float32
+from cvxnn.validation import resolve_device
 
-__all__ = ["chosen_grid", "layerwise_runner", "say_estimates", "say_layerwise"]
+__all__ = ["check_data", "chosen_grid", "layerwise_runner", "say_estimates", "say_layerwise"]
 
 _SECONDS_BETWEEN = 5.0
+_WAYS = {"pooled": "from Phi", "convolved": "convolved", "solver": "solver", "end to end": ""}
+#: About what convolutions reach on a data-centre GPU.
+_GPU_RATE = 2e13
 
 
 def chosen_grid(
@@ -35,6 +41,12 @@ def chosen_grid(
         except StorageError as error:
             return _with_digits(grid), f"The bundled digits are used: {error}"
     return grid, ""
+
+
+def check_data(grid: LayerwiseGrid, data_dir: str | None) -> None:
+    """Read the data sets, so that one that is not there is named before anything else is said."""
+    for setting in grid.settings:
+        read_images(setting.dataset, data_dir)
 
 
 def _with_digits(grid: LayerwiseGrid) -> LayerwiseGrid:
@@ -80,33 +92,42 @@ def say_layerwise(report: Report, document: dict[str, Any]) -> None:
     )
 
 
-def say_estimates(report: Report, grid: LayerwiseGrid) -> int:
-    """Print what a run would take on this machine."""
-    rate = _matrix_rate()
-    rows = dry_run(grid, rate)
-    report.say(f"Estimates at {rate / 1e9:.0f} GFLOP/s, the rate of a matrix product on this machine in float32:")
+def say_estimates(report: Report, grid: LayerwiseGrid, note: str) -> int:
+    """Print what a run would take on this machine, and on a GPU."""
+    device = resolve_device("auto")
+    rate = _matrix_rate(device)
+    rows = dry_run(grid, rate, device)
+    if note:
+        report.say(note)
+    report.say(f"Estimates at {rate / 1e9:.0f} GFLOP/s, the rate of a matrix product in float32 on this {device.type}:")
     report.say()
     report.rows(
         [
             (
-                f"{row['dataset']}, m = {row['m']}, stage {row['stage']}",
-                f"{row['memory_gib']:7.2f} GiB {row['hours']:8.2f} h   Phi {row['phi_bytes'] / 2**30:.1f} GiB",
+                f"{row['dataset']} {row['kind']} m={row['m']} stage {row['stage']}",
+                f"{row['memory_gib']:7.2f} GiB {row['hours']:9.2f} h  {_WAYS[row['way']]}",
             )
             for row in rows
         ]
     )
-    report.say(f"\nTogether {sum(row['hours'] for row in rows):.2f} h; networks trained end to end are not counted.")
-    report.finish({"command": "reproduce", "version": __version__, "study": "layerwise", "rate": rate, "stages": rows})
+    hours = sum(row["hours"] for row in rows)
+    report.say(f"\nTogether {hours:.2f} h; certificates, costs and the small CNN are not counted.")
+    document = {"command": "reproduce", "version": __version__, "study": "layerwise", "rate": rate, "stages": rows}
+    if device.type == "cpu":
+        on_gpu = hours * rate / _GPU_RATE
+        report.say(f"At {_GPU_RATE / 1e12:.0f} TFLOP/s, assumed for a GPU in TF32: {on_gpu:.2f} h.")
+        document |= {"gpu_rate": _GPU_RATE, "gpu_hours": on_gpu}
+    report.finish(document | {"hours": hours})
     return 0
 
 
-def _matrix_rate(size: int = 1500) -> float:
-    """Floating-point operations per second of a matrix product in float32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _matrix_rate(device: torch.device, size: int = 1500) -> float:
+    """Floating-point operations per second of a matrix product in float32, on a GPU in TF32."""
     A = torch.randn(size, size, device=device)
     best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        float((A @ A)[0, 0])
-        best = min(best, time.perf_counter() - begin)
+    with tensor_float32(True):
+        for _ in range(4):
+            begin = time.perf_counter()
+            float((A @ A)[0, 0])
+            best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,26 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from cvxnn.errors import InvalidInputError
 from cvxnn.experiments.layerwise_costs import measure_costs
-from cvxnn.experiments.layerwise_end_to_end import train_end_to_end, train_small_cnn
-from cvxnn.experiments.layerwise_settings import LayerwiseGrid
+from cvxnn.experiments.layerwise_end_to_end import epoch_file, train_end_to_end, train_small_cnn
+from cvxnn.experiments.layerwise_settings import LayerwiseGrid, as_parameters
 from cvxnn.experiments.sweep import CellStore
 from cvxnn.images import IMAGE_SOURCES, load_images
-from cvxnn.layerwise import LayerwiseCNNClassifier, layerwise_estimate
+from cvxnn.layerwise import LayerwiseCNNClassifier
 
 __all__ = [
     "LAYERWISE_COLUMNS",
     "ImageSet",
     "LayerwiseCell",
-    "dry_run",
     "layerwise_cells",
     "read_images",
     "run_layerwise",
+    "with_changes",
 ]
 
 LAYERWISE_COLUMNS = (
@@ -46,6 +43,7 @@ LAYERWISE_COLUMNS = (
     "relative_gap",
     "objective",
     "lower_bound",
+    "drawn_gates",
     "n_gates",
     "n_columns",
     "channels",
@@ -55,6 +53,7 @@ LAYERWISE_COLUMNS = (
     "peak_gib",
     "n_train",
     "n_test",
+    "images",
 )
 
 
@@ -80,13 +79,7 @@ class LayerwiseCell:
 
     def parameters(self) -> dict[str, Any]:
         """The options as keyword arguments."""
-        return {
-            name: list(value) if name in _LISTS and isinstance(value, tuple) else value for name, value in self.options
-        }
-
-
-#: Options whose tuples stand for lists with an entry per stage.
-_LISTS = ("n_gates", "filter_size", "padding", "pooling", "map_pooling", "gate_quantile", "beta", "step", "width")
+        return as_parameters(dict(self.options))
 
 
 @dataclass
@@ -130,14 +123,12 @@ def read_images(dataset: str, data_dir: str | None) -> ImageSet:
 
 def layerwise_cells(grid: LayerwiseGrid) -> list[LayerwiseCell]:
     """All trainings and measurements of a grid."""
-    cells = []
-    for setting in grid.settings:
-        common = (setting.dataset, grid.n_train, grid.n_test)
-        for kind in setting.kinds:
-            for m in setting.ranks if kind in ("layerwise", "end_to_end") else (1,):
-                options = tuple(sorted(setting.options.items()))
-                cells.append(LayerwiseCell(kind, common[0], m, common[1], common[2], options, grid.seed))
-    return cells
+    return [
+        LayerwiseCell(
+            kind, setting.dataset, m, grid.n_train, grid.n_test, tuple(sorted(setting.options.items())), grid.seed
+        )
+        for setting, kind, m in grid.cells()
+    ]
 
 
 def run_layerwise(
@@ -172,8 +163,6 @@ def run_layerwise(
     """
     store = CellStore(folder)
     cells = layerwise_cells(grid)
-    for dataset in {cell.dataset for cell in cells}:
-        read_images(dataset, data_dir)  # refused before anything is computed
     rows: list[dict[str, Any]] = []
     for cell in cells:
         outcome = store.load(cell) if resume else None
@@ -182,6 +171,7 @@ def run_layerwise(
             checkpoint = folder / f"{cell.label}-{store.fingerprint(cell)[:10]}"
             outcome = {"rows": _run_cell(cell, checkpoint, data_dir, resume, report, device)}
             store.save(cell, outcome)
+            epoch_file(checkpoint).unlink(missing_ok=True)
         rows += outcome["rows"]
         if done is not None:
             done(cell, found)
@@ -199,7 +189,7 @@ def _run_cell(
     data = read_images(cell.dataset, data_dir).first(cell.n_train, cell.n_test)
     parameters = cell.parameters()
     facts = {"dataset": cell.dataset, "kind": cell.kind, "m": cell.m}
-    facts |= {"n_train": len(data.train), "n_test": len(data.test)}
+    facts |= {"n_train": len(data.train), "n_test": len(data.test), "images": data.note}
 
     def told(entry: dict[str, Any]) -> None:
         if report is not None:
@@ -234,8 +224,11 @@ def _run_cell(
     begin = time.perf_counter()
     model.fit(data.train, data.train_labels)
     trained = time.perf_counter() - begin
+    if any(stage.status == "interrupted" for stage in model.stages_):
+        # The classifier keeps what it has after Ctrl-C; a study goes on from its checkpoint.
+        raise KeyboardInterrupt
     tested = model.staged_score(data.test, data.test_labels)
-    rows = []
+    rows, gates = [], parameters["n_gates"]
     for stage, accuracy in zip(model.stages_, tested, strict=True):
         certificate = stage.certificate
         rows.append(
@@ -248,72 +241,18 @@ def _run_cell(
                 "relative_gap": None if certificate is None else certificate.relative_gap,
                 "objective": None if certificate is None else certificate.primal,
                 "lower_bound": None if certificate is None else certificate.lower_bound,
+                "drawn_gates": gates[stage.number - 1] if isinstance(gates, list) else gates,
                 "n_gates": stage.n_gates,
                 "n_columns": stage.n_columns,
                 "channels": stage.channels,
                 "seconds": stage.seconds,
                 "certify_seconds": stage.certify_seconds,
-                "epochs": len(stage.trace),
-                "peak_gib": peak_gib(),
+                "epochs": stage.trace[-1].get("epoch", stage.trace[-1].get("iteration")) if stage.trace else 0,
+                "peak_gib": stage.peak_bytes / 2**30,
                 "total_seconds": trained,
             }
         )
     return rows
-
-
-def peak_gib() -> float:
-    """The most memory of this process so far, in GiB: of the GPU where one is used, otherwise resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def dry_run(grid: LayerwiseGrid, rate: float) -> list[dict[str, Any]]:
-    """Estimated memory and time of every stage.
-
-    Parameters
-    ----------
-    grid : LayerwiseGrid
-    rate : float
-        Floating-point operations per second.
-    """
-    rows = []
-    for cell in layerwise_cells(grid):
-        if cell.kind not in ("layerwise", "convex"):
-            continue
-        n, shape = _SIZES[cell.dataset]
-        n = cell.n_train or n
-        for row in layerwise_estimate(shape, n, cell.parameters() | {"rank": cell.m}):
-            features = row["n_gates"] * row["length"] * row["cells"]
-            pooled = row["bm_pooled_flops"] < row["bm_flops"] and row["phi_bytes"] < 2**34
-            kept = row["images_bytes"] if row["stage"] == 1 or row["images_bytes"] <= 2**31 else 0
-            if row["epochs"] is None:
-                flops = 2 * row["phi_flops"] + n * features**2 + features**3
-                memory = 2 * features**2 * 8 + row["gates_bytes"] + kept
-            else:
-                flops = row["epochs"] * (row["bm_pooled_flops"] if pooled else row["bm_flops"]) + row["phi_flops"]
-                memory = row["gates_bytes"] + kept + row["bm_batch_bytes"]
-                memory += row["phi_bytes"] if pooled else 0
-            rows.append(
-                {
-                    "dataset": cell.dataset,
-                    "kind": cell.kind,
-                    "m": cell.m,
-                    **row,
-                    "memory_gib": memory / 2**30,
-                    "hours": flops / rate / 3600,
-                }
-            )
-    return rows
-
-
-#: Training images and shapes, for estimates without the data.
-_SIZES: dict[str, tuple[int, tuple[int, int, int]]] = {
-    "digits": (1347, (1, 8, 8)),
-    "fashion_mnist": (60_000, (1, 28, 28)),
-    "cifar10": (50_000, (3, 32, 32)),
-}
 
 
 def with_changes(grid: LayerwiseGrid, dataset: str | None, n_stages: int | None, seed: int | None) -> LayerwiseGrid:
@@ -322,7 +261,7 @@ def with_changes(grid: LayerwiseGrid, dataset: str | None, n_stages: int | None,
     Raises
     ------
     InvalidInputError
-        The grid does not have the data set, or that many stages.
+        The grid does not have the data set, or that many stages, or the seed is out of range.
     """
     settings = grid.settings
     if dataset is not None:
@@ -332,4 +271,6 @@ def with_changes(grid: LayerwiseGrid, dataset: str | None, n_stages: int | None,
             raise InvalidInputError(f"--dataset is {dataset!r}; one of {known} is wanted at this scale")
     if n_stages is not None:
         settings = tuple(setting.shortened(n_stages) for setting in settings)
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InvalidInputError(f"--seed is {seed}; a number from 0 to {2**32 - 1} is wanted")
     return dataclasses.replace(grid, settings=settings, seed=grid.seed if seed is None else seed)

@@ -13,13 +13,21 @@ from torch import nn
 
 from cvxnn.files import read_tensors, write_tensors
 from cvxnn.layerwise.augment import augment_batch
+from cvxnn.layerwise.memory import PeakMemory
+from cvxnn.layerwise.precision import tensor_float32
 from cvxnn.layerwise.training import epoch_seed
 from cvxnn.validation import resolve_device
 
-__all__ = ["deep_network", "small_cnn", "train_end_to_end", "train_small_cnn"]
+__all__ = ["deep_network", "epoch_file", "small_cnn", "train_end_to_end", "train_small_cnn"]
 
 _TESTED = 1000
+_LAST = torch.channels_last
 Told = Callable[[dict[str, Any]], None]
+
+
+def epoch_file(checkpoint: Path) -> Path:
+    """The file that an end-to-end training writes after every epoch."""
+    return checkpoint.with_name(f"{checkpoint.name}.epoch")
 
 
 def deep_network(channels: int, n_classes: int, parameters: dict[str, Any], m: int) -> nn.Sequential:
@@ -73,10 +81,8 @@ def train_end_to_end(
     is that of the first stage. A checkpoint is written after every epoch.
     """
     data = _Data(train, train_labels, test, test_labels, device)
-    torch.manual_seed(seed)
-    network = deep_network(train.shape[1], int(train_labels.max()) + 1, parameters, m)
-    network(data.train[:2].cpu())
-    network.to(data.train.device)
+    network = data.network(lambda: deep_network(train.shape[1], int(train_labels.max()) + 1, parameters, m), seed)
+    peak = PeakMemory(data.train.device)
     steps = parameters.get("step", (1e-1,))
     step = float(steps[0] if isinstance(steps, (tuple, list)) else steps)
     optimizer = torch.optim.SGD(
@@ -88,21 +94,23 @@ def train_end_to_end(
     schedule = torch.optim.lr_scheduler.StepLR(
         optimizer, parameters.get("decay_every", 15), parameters.get("decay", 0.2)
     )
-    file = checkpoint.with_suffix(".epoch")
+    file = epoch_file(checkpoint)
     first, spent = _restore(file, network, optimizer, schedule) if resume and file.exists() else (1, 0.0)
     begin = time.perf_counter()
     epochs = parameters.get("epochs", 50)
     for epoch in range(first, epochs + 1):
-        loss = _epoch(network, optimizer, data, parameters, epoch_seed(seed, epoch))
+        with tensor_float32(parameters.get("precision") == "mixed"):
+            loss = _epoch(network, optimizer, data, parameters, epoch_seed(seed, epoch))
         schedule.step()
         seconds = spent + time.perf_counter() - begin
-        report({"stage": "end to end", "epoch": epoch, "loss": loss, "seconds": seconds})
         _save(file, network, optimizer, schedule, epoch, seconds)
+        report({"stage": "end to end", "epoch": epoch, "loss": loss, "seconds": seconds})
     return data.row(network) | {
         "stage": parameters["n_stages"],
         "status": "max_iter",
         "seconds": spent + time.perf_counter() - begin,
         "epochs": epochs,
+        "peak_gib": peak.bytes / 2**30,
     }
 
 
@@ -119,10 +127,8 @@ def train_small_cnn(
 ) -> list[dict[str, Any]]:
     """Train the small CNN with Adam (step 0.001, batches of 128); a row per epoch, the time without testing."""
     data = _Data(train, train_labels, test, test_labels, device)
-    torch.manual_seed(seed)
-    network = small_cnn(train.shape[1], int(train_labels.max()) + 1)
-    network(data.train[:2].cpu())
-    network.to(data.train.device)
+    network = data.network(lambda: small_cnn(train.shape[1], int(train_labels.max()) + 1), seed)
+    peak = PeakMemory(data.train.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     rows, seconds = [], 0.0
     for epoch in range(1, epochs + 1):
@@ -130,12 +136,13 @@ def train_small_cnn(
         loss = _epoch(network, optimizer, data, {}, epoch_seed(seed, epoch))
         seconds += time.perf_counter() - begin
         report({"stage": "small CNN", "epoch": epoch, "loss": loss, "seconds": seconds})
-        rows.append(data.row(network) | {"stage": None, "status": "max_iter", "seconds": seconds, "epochs": epoch})
+        facts = {"stage": None, "status": "max_iter", "seconds": seconds, "epochs": epoch}
+        rows.append(data.row(network) | facts | {"peak_gib": peak.bytes / 2**30})
     return rows
 
 
 class _Data:
-    """Standardised images on a device."""
+    """Standardised images on a device, channels last on a GPU."""
 
     def __init__(
         self, train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, device: str
@@ -146,8 +153,24 @@ class _Data:
         self.deviation = pixels.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
         self.train = ((pixels - self.mean) / self.deviation).to(target)
         self.test = ((torch.from_numpy(test).to(torch.float32) / 255 - self.mean) / self.deviation).to(target)
+        if target.type == "cuda":
+            self.train = self.train.contiguous(memory_format=_LAST)
+            self.test = self.test.contiguous(memory_format=_LAST)
         self.train_labels = torch.from_numpy(train_labels.astype(np.int64)).to(target)
         self.test_labels = torch.from_numpy(test_labels.astype(np.int64)).to(target)
+
+    def network(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
+        """A network with weights of its own seed, whatever else was drawn before, on the device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = make()
+            network(self.train[:2].cpu())
+        network.to(self.train.device)
+        if self.train.device.type == "cuda":
+            for weight in network.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=_LAST)
+        return network
 
     def row(self, network: nn.Module) -> dict[str, Any]:
         """Accuracies of both splits."""
@@ -177,7 +200,7 @@ def _epoch(
     kind = parameters.get("augment")
     black = (-data.mean / data.deviation).flatten().to(data.train.device)
     mixed = parameters.get("precision") == "mixed" and data.train.device.type == "cuda"
-    total = 0.0
+    total = torch.zeros((), device=data.train.device)
     for rows in order.split(parameters.get("batch_size", 128)):
         images = data.train[rows]
         if kind is not None:
@@ -188,8 +211,8 @@ def _epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += float(loss.detach()) * len(rows)
-    return total / len(order)
+        total += loss.detach() * len(rows)
+    return float(total) / len(order)
 
 
 def _save(

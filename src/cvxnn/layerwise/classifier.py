@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from cvxnn.certificates import Certificate
@@ -20,12 +19,12 @@ from cvxnn.estimators import project_to_simplex
 from cvxnn.gates import GATE_SAMPLING
 from cvxnn.layerwise.checkpoint import RunFolder, run_fingerprint
 from cvxnn.layerwise.fitting import LayerwiseRun, Samples
+from cvxnn.layerwise.inputs import read_labels, read_pixels, read_validation
 from cvxnn.layerwise.network import LayerwiseNetwork, Standardizer, outputs_in_batches
 from cvxnn.layerwise.options import PRECISIONS, read_sgd, read_stages, stage_shapes
 from cvxnn.layerwise.results import StageResult
 from cvxnn.losses import get_loss
 from cvxnn.validation import (
-    as_images,
     check_choice,
     check_flag,
     check_positive,
@@ -262,11 +261,11 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         if check_flag(self.resume, "resume") and self.checkpoint is None:
             raise InvalidInputError("resume=True needs the path of a checkpoint")
         device = resolve_device(self.device)
-        images = _as_images(X, "X")
-        classes, labels = _as_labels(y, len(images), "y")
+        images = read_pixels(X, "X")
+        classes, labels = read_labels(y, len(images), "y")
         if len(classes) < 2:
             raise InvalidInputError(f"y has only one class, {classes.tolist()}; at least two classes are wanted")
-        held = self._read_validation(validation, images.shape[1:], classes)
+        checked = read_validation(validation, images.shape[1:], classes)
         stage_shapes(stages, images.shape[1:], len(classes))
         scale = self._scale(images)
         folder, seed = self._folder(stages, asdict(sgd), images, labels, scale)
@@ -277,8 +276,9 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         train = Samples(standardizer.all(raw).to(device), labels)
         if not all(bool(torch.isfinite(part).all()) for part in (standardizer.deviation, train.images)):
             raise InvalidInputError("X has numbers that are too large; rescale it")
-        if held is not None:
-            held = Samples(standardizer.all(torch.from_numpy(held[0])).to(device), held[1])
+        held = None
+        if checked is not None:
+            held = Samples(standardizer.all(torch.from_numpy(checked[0])).to(device), checked[1])
         run = LayerwiseRun(
             stages,
             sgd,
@@ -303,21 +303,6 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         self.network_ = LayerwiseNetwork(standardizer, run.trained, self.image_shape_)
         self.n_iter_ = sum(len(result.trace) for result in run.results)
         return self
-
-    def _read_validation(self, validation: Any, shape: tuple[int, ...], classes: np.ndarray) -> Any:
-        if validation is None:
-            return None
-        if not isinstance(validation, (tuple, list)) or len(validation) != 2:
-            raise InvalidInputError("validation is not a pair; images and labels are wanted")
-        images = _as_images(validation[0], "validation images")
-        if images.shape[1:] != shape:
-            raise InvalidInputError(f"validation images have shape {images.shape[1:]}; {shape}, as in X, is wanted")
-        found, index = _as_labels(validation[1], len(images), "validation labels")
-        place = {label: i for i, label in enumerate(classes.tolist())}
-        unknown = [label for label in found.tolist() if label not in place]
-        if unknown:
-            raise InvalidInputError(f"validation labels have {unknown[0]!r}, which is not in y")
-        return images, np.array([place[label] for label in found.tolist()], dtype=np.int64)[index]
 
     def _scale(self, images: np.ndarray) -> float:
         if isinstance(self.scale, str):
@@ -345,7 +330,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
 
     def _outputs(self, X: Any, wanted: list[int] | None = None) -> list[np.ndarray]:
         check_is_fitted(self)
-        images = torch.from_numpy(_as_images(X, "X"))
+        images = torch.from_numpy(read_pixels(X, "X"))
         if tuple(images.shape[1:]) != self.image_shape_:
             raise InvalidInputError(
                 f"X has images of shape {tuple(images.shape[1:])}; {self.image_shape_}, as in training, is wanted"
@@ -390,33 +375,3 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         """Accuracy of the head of every stage."""
         y = np.asarray(y)
         return [float((predicted == y).mean()) for predicted in self.staged_predict(X)]
-
-
-def _as_images(X: Any, name: str) -> np.ndarray:
-    """Images (n, C, H, W); those without channels get one."""
-    shape = getattr(X, "shape", None)
-    if shape is None:
-        X = np.asarray(X)
-        shape = X.shape
-    if len(shape) == 3:
-        X = X[:, None]
-    elif len(shape) != 4:
-        raise InvalidInputError(
-            f"{name} has shape {tuple(shape)}; (n, channels, height, width), or without channels, is wanted"
-        )
-    return as_images(X, name)
-
-
-def _as_labels(y: Any, n: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Classes and the index of each label."""
-    y = np.asarray(y.to_numpy() if hasattr(y, "to_numpy") else y)
-    if y.shape != (n,):
-        raise InvalidInputError(f"{name} has shape {y.shape}; ({n},), a label per image, is wanted")
-    try:
-        check_classification_targets(y)
-        classes, index = np.unique(y, return_inverse=True)
-    except TypeError as error:
-        raise InvalidInputError(f"{name} mixes labels of different types; labels of one type are wanted") from error
-    except ValueError as error:
-        raise InvalidInputError(f"{name} has no class labels: {error}") from error
-    return classes, index.astype(np.int64)

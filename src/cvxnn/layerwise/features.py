@@ -12,8 +12,12 @@ from cvxnn.layerwise.augment import augment_batch
 from cvxnn.layerwise.stage import convolve, pool, unshuffle
 from cvxnn.operators import CNNOperator
 from cvxnn.operators.base import row_batches
+from cvxnn.solvers.admm import available_bytes
 
-__all__ = ["AugmentedImages", "BatchFeatures", "ConvolvedFeatures", "PooledFeatures", "pooled_bytes"]
+__all__ = ["POOLED_SHARE", "AugmentedImages", "BatchFeatures", "ConvolvedFeatures", "PooledFeatures", "pooled_fits"]
+
+#: Part of the free memory that pooled patches may take.
+POOLED_SHARE = 0.5
 
 _BATCH_BYTES = 2**27
 #: The same on a CPU for one tensor: several times faster than whole batches (measured).
@@ -33,9 +37,9 @@ class BatchFeatures(Protocol):
     def evaluation_batches(self, n_columns: int) -> list[slice]: ...
 
 
-def pooled_bytes(op: CNNOperator) -> int:
-    """Memory of all pooled gated patches in the type of the operator."""
-    return op.n_samples * op.n_features * op.dtype.itemsize
+def pooled_fits(op: CNNOperator) -> bool:
+    """Whether all pooled gated patches, in the type of the operator, take at most half of the free memory."""
+    return op.n_samples * op.n_features * op.dtype.itemsize <= POOLED_SHARE * available_bytes(op.device)
 
 
 class PooledFeatures:

@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+import torch
+
 from cvxnn.certificates import Certificate
 
-__all__ = ["StageResult"]
+__all__ = ["StageResult", "accuracy"]
 
 
 @dataclass
@@ -41,6 +44,8 @@ class StageResult:
         How SGD computed hidden outputs.
     rounding : float
         What readings of the stage's images can differ by (relative); 0 where they were kept in memory.
+    peak_bytes : int
+        The most memory while the stage was trained and certified: allocated on a GPU, otherwise resident.
     """
 
     number: int
@@ -60,6 +65,7 @@ class StageResult:
     validation_accuracy: float | None = None
     features: str = "solver"
     rounding: float = 0.0
+    peak_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; infinities become None."""
@@ -72,7 +78,8 @@ class StageResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StageResult:
         """The inverse of :meth:`to_dict`."""
-        known = {entry.name: values[entry.name] for entry in fields(cls)}
+        # Files that were written before peak_bytes was kept do not have it.
+        known = {"peak_bytes": 0} | {entry.name: values[entry.name] for entry in fields(cls) if entry.name in values}
         if known["certificate"] is not None:
             known["certificate"] = Certificate.from_dict(known["certificate"])
         known["trace"] = [
@@ -82,6 +89,11 @@ class StageResult:
         known["rounding"] = math.inf if known["rounding"] is None else known["rounding"]
         known["image_shape"], known["map_shape"] = tuple(known["image_shape"]), tuple(known["map_shape"])
         return cls(**known)
+
+
+def accuracy(outputs: torch.Tensor, labels: np.ndarray) -> float:
+    """Part of the samples whose largest output is that of their label."""
+    return float((outputs.argmax(1).cpu().numpy() == labels).mean())
 
 
 _INFINITE = ("primal", "relative_gap", "loss", "objective")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
 
 from cvxnn.certificates import Certificate
 from cvxnn.errors import InvalidInputError, StorageError
@@ -24,6 +25,7 @@ from cvxnn.estimators import (
     ConvexMLPRegressor,
 )
 from cvxnn.files import from_json, read_tensors, to_json, write_tensors
+from cvxnn.layerwise import LayerwiseCNNClassifier, from_state, to_state
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.networks import TwoLayerCNN, TwoLayerNetwork
 from cvxnn.storage.networks import NETWORKS, check_image_shape, pack_network, read_field, unpack_network
@@ -99,10 +101,12 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
     arrays: dict[str, np.ndarray] = {}
     if type(model) in NETWORKS.values():
         header = {"class": type(model).__name__, "network": pack_network(model, arrays)}
+    elif type(model) is LayerwiseCNNClassifier:
+        header = _pack_layerwise(model, arrays)
     elif isinstance(model, BaseEstimator) and _ESTIMATORS.get(type(model).__name__) is type(model):
         header = _pack_estimator(model, arrays)
     else:
-        known = ", ".join([*_ESTIMATORS, *NETWORKS])
+        known = ", ".join([*_ESTIMATORS, LayerwiseCNNClassifier.__name__, *NETWORKS])
         raise InvalidInputError(f"model is a {type(model).__name__}; one of {known} is wanted")
     return write_tensors(path, "model", header, arrays)
 
@@ -133,11 +137,31 @@ def load(path: str | os.PathLike[str]) -> Any:
         name = read_field(header, "class", str)
         if name in NETWORKS:
             return unpack_network(NETWORKS[name], read_field(header, "network", dict), arrays)
+        if name == LayerwiseCNNClassifier.__name__:
+            return _unpack_layerwise(read_field(header, "state", dict), arrays)
         if name not in _ESTIMATORS:
             raise ValueError(f"its class is {name!r}, which this version of cvxnn does not have")
         return _unpack_estimator(_ESTIMATORS[name], header, arrays)
     except (ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise StorageError(f"{os.fsdecode(path)} holds no model that can be restored: {error}") from error
+
+
+def _pack_layerwise(model: LayerwiseCNNClassifier, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        state, numbers = to_state(model)
+    except NotFittedError as error:
+        raise InvalidInputError("model is a LayerwiseCNNClassifier that is not fitted; call fit before save") from error
+    except TypeError as error:
+        raise InvalidInputError(f"model cannot be stored: {error}") from error
+    arrays.update(numbers)
+    return {"class": type(model).__name__, "state": state}
+
+
+def _unpack_layerwise(state: dict[str, Any], arrays: dict[str, np.ndarray]) -> LayerwiseCNNClassifier:
+    try:
+        return from_state(state, arrays)
+    except KeyError as error:
+        raise ValueError(f"its field {error} is missing") from error
 
 
 def _pack_estimator(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
