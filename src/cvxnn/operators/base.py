@@ -200,8 +200,14 @@ class Operator(ABC):
     def apply_columns(self, columns: Columns) -> torch.Tensor:
         """Predictions (n, c) of the columns."""
         weights = self.split_right(columns.v)
-        parts = [self.hidden(columns.gate, columns.u, rows) @ weights for rows in self.column_batches(len(columns))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        batches = self.column_batches(len(columns))
+        if len(batches) == 1:
+            return self.hidden(columns.gate, columns.u, batches[0]) @ weights
+        # Written in place: small results kept among large temporaries would scatter the heap.
+        outputs = weights.new_empty(self.n_samples, self.n_outputs)
+        for rows in batches:
+            outputs[rows] = self.hidden(columns.gate, columns.u, rows) @ weights
+        return outputs
 
     def network_outputs(self, columns: Columns) -> torch.Tensor:
         """Predictions (n, c) of the columns as neurons of the network: for ReLU (X u)_+ in place of D_k X u."""

@@ -194,7 +194,10 @@ class CNNOperator(Operator):
         weights = self.flatten(Z)
         if not bool(weights.any()):
             return weights.new_zeros(self.n_samples, self.n_outputs)
-        return torch.cat([self.features(rows) @ weights for rows in batches_of(self._batches, "predictions")])
+        outputs = weights.new_empty(self.n_samples, self.n_outputs)
+        for rows in batches_of(self._batches, "predictions"):
+            outputs[rows] = self.features(rows) @ weights
+        return outputs
 
     def adjoint(self, L: torch.Tensor) -> torch.Tensor:
         weights = L.new_zeros(self.n_features, self.n_outputs)
@@ -268,11 +271,11 @@ class CNNOperator(Operator):
         used = columns.without_zeros()
         weights = self.split_right(used.v)
         size = 8 * self.n_patches * (2 * self.block_shape[1] + 2 * max(1, len(used)))
-        outputs = []
+        outputs = weights.new_empty(self.n_samples, self.n_outputs)
         for rows in row_batches(self.n_samples, size, self._patch_bytes):
             maps = (self.geometry(self.images[rows]) @ used.u.T).clamp_min_(0)
-            outputs.append(torch.matmul(self._pool, maps).mT.flatten(1) @ weights)
-        return torch.cat(outputs)
+            outputs[rows] = torch.matmul(self._pool, maps).mT.flatten(1) @ weights
+        return outputs
 
     def subset(self, rows: torch.Tensor) -> CNNOperator:
         part = self._with(self.images[rows], self.gates, None if self.bits is None else self.bits.subset(rows))
@@ -295,8 +298,10 @@ class CNNOperator(Operator):
     def _cell_norms(self) -> torch.Tensor:
         """|P_a| times the norms of the patches, (n, a) in float64: bounds of the rows of every Phi_ik."""
         pool = self.pooling.abs()
-        parts = [self.geometry(self.images[rows].double()).norm(dim=2) @ pool.T for rows in self._batches]
-        return torch.cat(parts) * (1 + 4 * self.n_patches * torch.finfo(torch.float64).eps)
+        norms = pool.new_empty(self.n_samples, self.width)
+        for rows in self._batches:
+            norms[rows] = self.geometry(self.images[rows].double()).norm(dim=2) @ pool.T
+        return norms * (1 + 4 * self.n_patches * torch.finfo(torch.float64).eps)
 
     @property
     def _norm(self) -> float:
