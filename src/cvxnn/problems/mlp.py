@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.distributed import common_seed
 from cvxnn.gates import choose_gates
 from cvxnn.losses import Loss
 from cvxnn.operators import MLPOperator
@@ -117,6 +118,7 @@ def mlp_problem(
     >>> cvxnn.solve(problem, tol=1e-4).status
     'certified'
     """
+    random_state = common_seed(random_state)
     task = read_task(
         Y, activation, beta, loss, reduction, norms, sample_weight, hidden_bias, output_bias, dtype, device
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
+from cvxnn.distributed import common_seed
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm
@@ -145,9 +146,8 @@ def solve(
         raise InvalidInputError("callbacks holds something that cannot be called; a sequence of functions is wanted")
     if resume and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
-    group = problem.operator.group
-    if group is not None and random_state is None:
-        random_state = int(group.of_first(np.random.randint(2**31)))  # noqa: NPY002
+    if problem.operator.group is not None:
+        random_state = common_seed(random_state)
     return run(
         kind(problem, options, tol, time_limit, rank, random_state),
         max_iter=kind.default_max_iter if max_iter is None else max_iter,
