@@ -1,7 +1,6 @@
 """Samples shared out to processes: the answers of one process, and runs whose processes end."""
 
 import json
-import multiprocessing
 import signal
 
 import numpy as np
@@ -9,13 +8,13 @@ import pytest
 
 from cvxnn.files import read_tensors
 from tests import distributed_worker as worker
+from tests.helpers import process_context
 
 
 @pytest.fixture(scope="module")
 def run():
     """Results of all processes of a task; None for one that was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed_worker"])
+    context = process_context()
 
     def run_task(task, folder, size=2):
         processes = [context.Process(target=worker.main, args=(task, rank, size, folder)) for rank in range(size)]
