@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,13 @@ def make_problem(
     X, Y, labels = make_data(n, d, c, seed)
     targets = np.eye(max(c, 2))[labels] if loss in ("cross_entropy", "logistic") else Y
     return cvxnn.mlp_problem(X, targets, loss=loss, **({"n_gates": 5, "beta": 2e-2} | options))
+
+
+def process_context() -> Any:
+    """Processes that begin with what the tests of several processes import, as a fork of one that has it already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed_worker", "tests.kills"])
+    return context
 
 
 def explicit_matrix(op: MLPOperator) -> np.ndarray:

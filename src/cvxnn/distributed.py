@@ -12,12 +12,13 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from cvxnn.errors import DistributedError, InvalidInputError, UnsupportedError
 
-__all__ = ["TIMEOUT", "Group", "alone", "current_group", "start"]
+__all__ = ["TIMEOUT", "Group", "alone", "common_seed", "current_group", "start"]
 
 #: Seconds that a process waits for the others by default.
 TIMEOUT = 45.0
@@ -53,8 +54,9 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
+            # What gloo says, without its line of code and its advice.
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines[0].split(". ")[0].split("] ", 1)[-1]
             raise DistributedError(
                 f"process {self.rank} of {self.size} has lost the others after {time.perf_counter() - begin:.0f} s: "
                 f"one of them has ended or hangs ({reason}); start all of them again, with resume=True where there is "
@@ -159,6 +161,14 @@ class Group:
 def current_group() -> Group | None:
     """The processes that new problems are shared out to; None outside of :func:`start`."""
     return _group.get()
+
+
+def common_seed(random_state: Any) -> Any:
+    """The seed given, or one of process 0 where several processes are to draw the same and none is given."""
+    group = current_group()
+    if group is None or random_state is not None:
+        return random_state
+    return int(group.of_first(np.random.randint(2**31)))  # noqa: NPY002
 
 
 @contextmanager

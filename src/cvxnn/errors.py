@@ -6,6 +6,8 @@ __all__ = [
     "DependencyError",
     "DistributedError",
     "InvalidInputError",
+    "MemoryShortageError",
+    "MemoryWarning",
     "StorageError",
     "UnsupportedError",
 ]
@@ -33,6 +35,14 @@ class StorageError(CvxnnError, OSError):
 
 class DistributedError(CvxnnError, RuntimeError):
     """The processes of a run do not answer, or do not agree."""
+
+
+class MemoryShortageError(CvxnnError, MemoryError):
+    """Work that needs more memory than there is in all."""
+
+
+class MemoryWarning(ResourceWarning):
+    """Work that needs more memory than is free."""
 
 
 class CertificationWarning(UserWarning):

@@ -109,6 +109,7 @@ class _PathCV(ConvexMLP):
             verbose=verbose,
         )
         del self.beta  # chosen in fit, no parameter
+        del self.checkpoint, self.resume  # of one training; here there are many
 
     def fit(self: Any, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Choose beta by cross-validation, then train on all samples."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +18,11 @@ from cvxnn.cli.data import MAX_CLASSES, DataError, data_errors, open_source, sco
 from cvxnn.cli.options import Data, Json, folder, make_estimator, parse_beta, parse_options
 from cvxnn.cli.pictures import draw_pictures
 from cvxnn.cli.report import NOT_CERTIFIED, Report, check_folder, output_folder, write_json
+from cvxnn.distributed import start
 from cvxnn.errors import CertificationWarning, CvxnnError, InvalidInputError
 from cvxnn.storage import save
 from cvxnn.tables import TablePreprocessor
-from cvxnn.validation import check_choice, check_integer
+from cvxnn.validation import check_choice, check_integer, resolve_device
 
 __all__ = ["fit"]
 
@@ -60,6 +63,13 @@ def fit(
     dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
     random_state: Annotated[int, typer.Option(help="Seed of the gates and of the held-out rows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep the state of the training in FILE, every 30 seconds.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint where it exists.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Share the training rows out to the processes of torchrun.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line per certificate.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
 ) -> int:
@@ -94,7 +104,14 @@ def fit(
         "device": device,
         "verbose": _verbosity(verbose, quiet, as_json),
     }
-    report = Report(as_json, quiet=quiet)
+    if number is None and checkpoint is not None:
+        raise InvalidInputError("--checkpoint is given with --beta auto, which trains many times; a beta is wanted")
+    if resume and checkpoint is None:
+        raise InvalidInputError("--resume is given without --checkpoint; the name of a file is wanted")
+    parameters |= {"checkpoint": checkpoint, "resume": resume}
+    # All processes do the same; the first one reports and writes.
+    is_first = not distributed or os.environ.get("RANK", "0") == "0"
+    report = Report(as_json and is_first, quiet=quiet or not is_first)
     source = open_source(data)
     column = source.choose_target(target)
     fallback = source.task if target is None else None
@@ -108,9 +125,14 @@ def fit(
         X = preprocessor.fit(source.frame.iloc[train]).transform(source.frame)
     if number is None:
         report.say("Choosing beta by cross-validation ...")
-    model = _train(make_estimator(task, number, parameters), X[train], y[train])
+    with start(device="cuda" if _on_gpu(device) else "cpu") if distributed else nullcontext() as group:
+        model = _train(make_estimator(task, number, parameters), X[train], y[train])
+    if not is_first:
+        return 0
     model.preprocessor_ = preprocessor
     document = _document(source.name, column, task, model, X, y, train, test)
+    if group is not None:
+        document["processes"] = {"number": group.size, "seconds_in_communication": group.seconds}
     report.rows(_rows(document))
     report.say()
     report.say(model.certificate_.summary())
@@ -127,6 +149,10 @@ def fit(
         )
     report.finish(document)
     return 0 if document["certified"] else NOT_CERTIFIED
+
+
+def _on_gpu(device: str) -> bool:
+    return resolve_device(device).type == "cuda"
 
 
 def _verbosity(verbose: bool, quiet: bool, as_json: bool) -> int:
@@ -199,12 +225,20 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{parameters['activation']}, {parameters['loss']} loss, beta {document['beta']:.3g}"),
         ("gates", f"{document['n_gates']} distinct, {document['n_neurons']} neurons"),
         ("training", f"{document['status']} after {document['n_iter']} iterations of {document['solver']}"),
-        ("time", f"{document['seconds']:.2f} s"),
+        ("time", f"{document['seconds']:.2f} s{_processes(document)}"),
         ("train", score_text(document["scores"]["train"])),
     ]
     if document["scores"]["test"] is not None:
         rows.append(("test", f"{score_text(document['scores']['test'])} ({data['n_test']} rows held out)"))
     return rows
+
+
+def _processes(document: dict[str, Any]) -> str:
+    """How many processes shared the work, if there were several."""
+    if "processes" not in document:
+        return ""
+    share = document["processes"]["seconds_in_communication"] / max(document["seconds"], 1e-9)
+    return f" on {document['processes']['number']} processes, {share:.0%} of it in communication"
 
 
 def score_text(values: dict[str, float]) -> str:

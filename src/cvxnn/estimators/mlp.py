@@ -44,6 +44,8 @@ class ConvexMLP(ConvexEstimator):
         dtype: str = "float64",
         random_state: Any = None,
         device: str = "auto",
+        checkpoint: str | None = None,
+        resume: bool = False,
         verbose: int = 0,
     ) -> None:
         self.activation = activation
@@ -65,6 +67,8 @@ class ConvexMLP(ConvexEstimator):
         self.dtype = dtype
         self.random_state = random_state
         self.device = device
+        self.checkpoint = checkpoint
+        self.resume = resume
         self.verbose = verbose
 
     def _problem(self, X: np.ndarray, Y: np.ndarray, weights: np.ndarray, beta: float, random_state: Any) -> Problem:
@@ -88,6 +92,10 @@ class ConvexMLP(ConvexEstimator):
             dtype=self.dtype,
             device=self.device,
         )
+
+    def _solver_arguments(self) -> dict[str, Any]:
+        kept = {"checkpoint": getattr(self, "checkpoint", None), "resume": getattr(self, "resume", False)}
+        return super()._solver_arguments() | kept
 
     def _fit_targets(self, X: np.ndarray, Y: np.ndarray, sample_weight: Any) -> None:
         """Fit to a matrix of targets; samples that occur more than once are merged first."""
@@ -140,6 +148,10 @@ class ConvexMLPClassifier(ConvexClassifier, ConvexMLP):
     random_state : int, RandomState or None
         Draws the gates.
     device : {"auto", "cpu", "cuda"}
+    checkpoint : str or None
+        File to which the state of the training is written every 30 seconds and at the end.
+    resume : bool
+        Go on from `checkpoint` where it exists.
     verbose : {0, 1, 2}
 
     Attributes

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cvxnn.distributed import common_seed
 from cvxnn.losses import Loss
 from cvxnn.operators import FEATURES, CNNOperator, PatchGeometry, pooling_matrix
 from cvxnn.operators.sources import ImageSource
@@ -118,6 +119,7 @@ def cnn_problem(
     """
     if isinstance(images, ImageSource):
         dtype, device = images.dtype, images.device
+    random_state = common_seed(random_state)
     task = read_task(
         Y, activation, beta, loss, reduction, norms, sample_weight, hidden_bias, output_bias, dtype, device
     )

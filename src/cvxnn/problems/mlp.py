@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.distributed import common_seed
 from cvxnn.gates import choose_gates
 from cvxnn.losses import Loss
+from cvxnn.memory import check_memory
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.problems.rows import as_row_source, streamed_operator
-from cvxnn.problems.task import read_task
+from cvxnn.problems.task import Task, read_task
 from cvxnn.validation import as_matrix, check_range
 
 __all__ = ["mlp_problem"]
@@ -25,6 +27,17 @@ def _without_copy(data: np.ndarray) -> torch.Tensor:
         # torch warns of arrays that cannot be written to; nothing writes to the data.
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(data)
+
+
+def _check_memory(X: Any, task: Task, n_gates: int) -> None:
+    """Copies of X in float64, with the column of ones, and in the type of the problem; patterns of a byte."""
+    shape = getattr(X, "shape", ())
+    if len(shape) != 2:
+        return
+    double = str(getattr(X, "dtype", "")).endswith("float64")
+    per_row = shape[1] * (8 * ((not double) + task.hidden_bias) + task.dtype.itemsize) + n_gates
+    advice = "X as a numpy.memmap or a RowSource is read in passes"
+    check_memory(shape[0] * per_row, torch.device("cpu"), f"a problem with X of shape {tuple(shape)}", advice)
 
 
 def mlp_problem(
@@ -117,6 +130,7 @@ def mlp_problem(
     >>> cvxnn.solve(problem, tol=1e-4).status
     'certified'
     """
+    random_state = common_seed(random_state)
     task = read_task(
         Y, activation, beta, loss, reduction, norms, sample_weight, hidden_bias, output_bias, dtype, device
     )
@@ -126,6 +140,8 @@ def mlp_problem(
         task.check_samples(len(source))
         sampling = {"n_gates": n_gates, "gate_sampling": gate_sampling, "gate_quantile": gate_quantile}
         return task.problem(*streamed_operator(source, task, gates, **sampling, random_state=random_state))
+    if not isinstance(X, np.memmap):
+        _check_memory(X, task, n_gates if gates is None and isinstance(n_gates, int) else 1)
     data = as_matrix(X, "X")
     task.check_samples(len(data))
     if task.hidden_bias:

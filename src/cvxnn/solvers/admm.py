@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from cvxnn.certificates import relative_gap
+from cvxnn.memory import available_bytes
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.solvers.ridge import FeatureRidge, cheaper_side, make_ridge
 from cvxnn.validation import check_choice, check_integer, check_positive
 
-__all__ = ["Admm", "factor_bytes"]
+__all__ = ["Admm", "available_bytes", "factor_bytes"]
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,6 @@ def factor_bytes(problem: Problem, side: str | None = None) -> int:
     order = op.n_samples if side == "samples" else op.n_features
     unknowns = op.n_features * op.n_outputs + (0 if problem.loss.name == "squared" else problem.Y.numel())
     return 2 * (order**2 + AdmmOptions.memory * unknowns) * problem.Y.element_size()
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that is available on the device, where the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**34
 
 
 class Admm(Solver):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
+from cvxnn.distributed import common_seed
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm
@@ -20,6 +21,7 @@ from cvxnn.solvers.driver import Callback, run
 from cvxnn.solvers.fista import Fista
 from cvxnn.solvers.frank_wolfe import FrankWolfe
 from cvxnn.solvers.interior_point import InteriorPoint
+from cvxnn.solvers.memory import check_solver_memory
 from cvxnn.solvers.result import Result
 from cvxnn.solvers.ssnal import Ssnal
 from cvxnn.validation import check_integer, check_positive
@@ -119,6 +121,9 @@ def solve(
         Unknown names or wrong values.
     UnsupportedError
         The solver cannot serve the problem; the message says what it lacks.
+    MemoryShortageError
+        The solver needs more memory than there is in all. Where it needs more than is free, a
+        ``MemoryWarning`` is raised.
     """
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
@@ -145,9 +150,9 @@ def solve(
         raise InvalidInputError("callbacks holds something that cannot be called; a sequence of functions is wanted")
     if resume and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
-    group = problem.operator.group
-    if group is not None and random_state is None:
-        random_state = int(group.of_first(np.random.randint(2**31)))  # noqa: NPY002
+    check_solver_memory(problem, name, rank, getattr(options, "side", None))
+    if problem.operator.group is not None:
+        random_state = common_seed(random_state)
     return run(
         kind(problem, options, tol, time_limit, rank, random_state),
         max_iter=kind.default_max_iter if max_iter is None else max_iter,

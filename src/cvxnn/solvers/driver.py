@@ -177,7 +177,9 @@ def run(
                         if store is not None and state is not None:
                             store.save_if_due(iteration, elapsed(), best, state, next_check)
                         continue
-                    next_check = _next_check(iteration, solver.check_every)
+                    if iteration >= next_check:
+                        # A run that goes on from its last iteration keeps to the same checks.
+                        next_check = _next_check(iteration, solver.check_every)
                     estimate = None if last else solver.estimated_gap()
                     if estimate is not None and estimate > tol:
                         progress.estimate(iteration, estimate)

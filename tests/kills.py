@@ -1,0 +1,169 @@
+"""Runs that are killed with SIGKILL at random moments, go on, and end as if nothing had happened.
+
+``python -m tests.kills --kills 20`` does it for each task; the test suite does it with fewer kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cvxnn
+from cvxnn.errors import CvxnnError
+from cvxnn.files import read_tensors
+from cvxnn.layerwise import LayerwiseCNNClassifier
+from cvxnn.solvers import checkpoint
+from tests.helpers import make_data, process_context
+
+Report = Callable[[int], None]
+
+
+def bm_sgd(folder: Path, report: Report) -> list[torch.Tensor]:
+    """Epochs of mini-batches; a checkpoint after each."""
+    return _solved(folder, report, "bm_sgd", max_iter=60)
+
+
+def admm(folder: Path, report: Report) -> list[torch.Tensor]:
+    """Iterations with certificates every few; a checkpoint after each."""
+    return _solved(folder, report, "admm", max_iter=200)
+
+
+def _solved(folder: Path, report: Report, solver: str, max_iter: int) -> list[torch.Tensor]:
+    X, _, labels = make_data(300, 8, 3)
+    problem = cvxnn.mlp_problem(X, labels, n_gates=30, beta=1e-3, loss="cross_entropy", output_bias=True)
+    result = cvxnn.solve(
+        problem,
+        solver,
+        tol=0.0,
+        max_iter=max_iter,
+        random_state=0,
+        checkpoint=folder / "run.safetensors",
+        resume=True,
+        callbacks=[lambda entry: report(entry["iteration"])],
+    )
+    assert result.n_iter == max_iter, result
+    return [*(result.factors or (result.Z,)), result.intercept, torch.tensor([result.certificate.lower_bound])]
+
+
+def layerwise(folder: Path, report: Report) -> list[torch.Tensor]:
+    """Epochs of two stages; a checkpoint after each."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.standard_normal((120, 1, 10, 10)), np.arange(120) % 3
+    model = LayerwiseCNNClassifier(
+        n_stages=2, n_gates=8, rank=1, epochs=12, batch_size=32, loss="squared", random_state=0, device="cpu",
+        checkpoint=folder / "run", resume=True, callbacks=[lambda entry: report(100 * entry["stage"] + entry["epoch"])],
+    )  # fmt: skip
+    model.fit(images, labels)
+    certificates = [(stage.certificate.primal, stage.certificate.lower_bound) for stage in model.stages_]
+    return [torch.from_numpy(model.predict_proba(images)), torch.tensor(certificates)]
+
+
+TASKS = {"bm_sgd": bm_sgd, "admm": admm, "layerwise": layerwise}
+
+
+def kept(task: str, folder: Path) -> int:
+    """How far the checkpoint of a task is: its iteration, or 100 times the stage plus the epoch."""
+    if task != "layerwise":
+        file = folder / "run.safetensors"
+        return read_tensors(file, "checkpoint")[0]["iteration"] if file.exists() else 0
+    training = folder / "run" / "training.safetensors"
+    finished = len(list((folder / "run").glob("stage-*.safetensors")))
+    header = read_tensors(training, "layerwise")[0] if training.exists() else {"number": 0, "epoch": 0}
+    return max(100 * header["number"] + header["epoch"], 100 * finished + (12 if finished else 0))
+
+
+def child(task: str, folder: Path) -> None:
+    """One process: run, report in a file how far it is, and leave the result."""
+    torch.set_num_threads(1)
+    checkpoint.INTERVAL = 0.0
+
+    def report(number: int) -> None:
+        with (folder / "progress").open("a") as stream:
+            stream.write(f"{number}\n")
+
+    torch.save(TASKS[task](folder, report), folder / "result.pt")
+
+
+def killed(task: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Kill a task so often, let it end, and compare with a run that was left alone.
+
+    Returns
+    -------
+    dict
+        kills, the most steps that a kill has cost, seconds, and whether the results are equal to the last bit.
+    """
+    context = process_context()
+    rng = random.Random(seed)
+    alone, folder = folder / "alone", folder / "killed"
+    for path in (alone, folder):
+        path.mkdir()
+    begin = time.perf_counter()
+    process = context.Process(target=child, args=(task, alone))
+    process.start()
+    process.join()
+    duration = time.perf_counter() - begin
+    steps = len((alone / "progress").read_text().split())
+
+    hits, lost = 0, 0
+    while True:
+        before = _reports(folder)
+        process = context.Process(target=child, args=(task, folder))
+        process.start()
+        if hits < kills:
+            # A random moment of a random step, a share of the run from where it stands.
+            target = len(before) + rng.uniform(0, 1.5 * steps / (kills + 1))
+            while process.is_alive() and len(_reports(folder)) < target:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, duration / steps))
+            os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        if process.exitcode == 0:
+            break
+        if process.exitcode != -signal.SIGKILL:
+            raise CvxnnError(f"{task} ended with status {process.exitcode} after {hits} kills")
+        hits += 1
+        seen = _reports(folder)[len(before) :]
+        lost = max(lost, max(seen, default=0) - kept(task, folder))
+    wanted, found = (torch.load(path / "result.pt") for path in (alone, folder))
+    equal = len(wanted) == len(found) and all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    return {"task": task, "kills": hits, "lost": lost, "equal": equal, "seconds": time.perf_counter() - begin}
+
+
+def _reports(folder: Path) -> list[int]:
+    file = folder / "progress"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [int(line) for line in lines if line]
+
+
+def main() -> None:
+    """All tasks, a line each."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    arguments = parser.parse_args()
+    failed = False
+    for task in arguments.tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            found = killed(task, arguments.kills, arguments.seed, Path(folder))
+        failed |= not found["equal"] or found["lost"] > 1
+        print(
+            f"{task:10s} {found['kills']} kills, at most {found['lost']} steps lost, results "
+            f"{'equal' if found['equal'] else 'DIFFERENT'}, {found['seconds']:.0f} s",
+            flush=True,
+        )
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()
