@@ -15,7 +15,7 @@ import torch
 from cvxnn._version import __version__
 from cvxnn.errors import DependencyError, InvalidInputError
 from cvxnn.files import write_atomically
-from cvxnn.networks import TwoLayerCNN, TwoLayerNetwork
+from cvxnn.networks import AttentionNetwork, Network, TwoLayerCNN, TwoLayerNetwork
 
 __all__ = ["export_onnx"]
 
@@ -36,9 +36,12 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> Path:
     are free in the file where neither the model nor the map of patches says which they are, as for the bare
     network of a convolution with strides; images of another size than in training are then cut or refused.
 
+    For attention "x" are tokens (n, s, d), and "y" is (n, s, c) for outputs per token; s is free. The file has no
+    mask: all tokens are valid and see one another.
+
     Parameters
     ----------
-    model : fitted estimator of cvxnn, TwoLayerNetwork or TwoLayerCNN
+    model : fitted estimator of cvxnn, TwoLayerNetwork, TwoLayerCNN or AttentionNetwork
     path : str or path
         A file that exists is replaced, in one step.
 
@@ -64,6 +67,8 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> Path:
     graph = _Graph(onnx)
     if isinstance(network, TwoLayerCNN):
         shape = _add_cnn(graph, network, getattr(model, "image_shape_", None))
+    elif isinstance(network, AttentionNetwork):
+        shape = _add_attention(graph, network)
     else:
         shape = _add_network(graph, network)
     document = graph.finish(network, shape, _metadata(model))
@@ -74,11 +79,11 @@ def _write(path: Path, document: bytes) -> None:
     path.write_bytes(document)
 
 
-def _network_of(model: Any) -> TwoLayerNetwork | TwoLayerCNN:
+def _network_of(model: Any) -> Network:
     network = model if isinstance(model, torch.nn.Module) else getattr(model, "network_", None)
     if network is None and hasattr(model, "get_params"):
         raise InvalidInputError(f"model is a {type(model).__name__} that is not fitted; call fit before export_onnx")
-    if not isinstance(network, (TwoLayerNetwork, TwoLayerCNN)):
+    if not isinstance(network, Network):
         raise InvalidInputError(
             f"model is a {type(model).__name__}; a fitted estimator of cvxnn or one of its networks is wanted"
         )
@@ -125,14 +130,15 @@ class _Graph:
         kinds = {torch.float32: self.onnx.TensorProto.FLOAT, torch.float64: self.onnx.TensorProto.DOUBLE}
         return kinds[dtype]
 
-    def finish(self, network: TwoLayerNetwork | TwoLayerCNN, shape: list[int | str], metadata: dict[str, str]) -> bytes:
+    def finish(self, network: Network, shape: list[int | str], metadata: dict[str, str]) -> bytes:
         """The checked model, serialised; `shape` is that of a sample."""
+        parts = shape[:1] if isinstance(network, AttentionNetwork) and not network.pooled else []
         helper, kind = self.onnx.helper, self.type(network.hidden.dtype)
         graph = helper.make_graph(
             self.nodes,
             "two_layer_network",
             [helper.make_tensor_value_info("x", kind, ["n", *shape])],
-            [helper.make_tensor_value_info("y", kind, ["n", len(network.bias)])],
+            [helper.make_tensor_value_info("y", kind, ["n", *parts, len(network.bias)])],
             self.constants,
         )
         model = helper.make_model(
@@ -202,14 +208,56 @@ def _add_patches(graph: _Graph, network: TwoLayerCNN) -> str:
     return graph.node("Gather", [pixels, graph.constant("places", places.long())], "patches", axis=1)
 
 
-def _add_hidden_bias(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: str, sides: list[int]) -> str:
+def _add_attention(graph: _Graph, network: AttentionNetwork) -> list[int | str]:
+    """The operations of ``AttentionNetwork.forward`` without a mask, from "x" to "y"; the shape of a sequence."""
+    m, d = len(network.output), network.dim
+    shape: list[int | str] = ["tokens", network.n_features]
+    if m == 0:
+        _add_constant(graph, network, 1 if network.pooled else 2)
+        return shape
+    samples = _add_hidden_bias(graph, network, "x", [0, 0, 0, 0, 0, 1])
+    # Heads are axis 1: (n, 1, s, d) for the tokens, and (n, m, s, s) for the scores.
+    keys = graph.node("Unsqueeze", [samples, graph.constant("heads_axis", [1])], "keys")
+    turned = graph.node("Transpose", [keys], "turned", perm=[0, 1, 3, 2])
+    left = graph.node("MatMul", [keys, graph.constant("score_weights", network.scores)], "left")
+    if network.relu or network.gates is not None:
+        scores = graph.node("MatMul", [left, turned], "scores")
+        if network.relu:
+            scores = graph.node("Relu", [scores], "activations")
+        if network.gates is not None:
+            exact, exact_turned = (
+                graph.cast(graph.cast(part, f"rounded_{part}", network.sample_dtype), f"exact_{part}", torch.float64)
+                for part in (keys, turned)
+            )
+            half = graph.node("MatMul", [exact, graph.constant("gates", network.gates)], "half_products")
+            products = graph.node("MatMul", [half, exact_turned], "products")
+            scores = graph.node("Mul", [scores, _add_active(graph, network, products, axis=1)], "gated")
+        heads = graph.node("MatMul", [scores, keys], "heads")
+    else:
+        heads = graph.node("MatMul", [left, graph.node("MatMul", [turned, keys], "key_products")], "heads")
+    if network.pooled:
+        heads = graph.node("ReduceMean", [heads], "means", axes=[2], keepdims=1)
+    tokenwise = graph.node("Transpose", [heads], "tokenwise", perm=[0, 2, 1, 3])
+    flat = graph.node("Reshape", [tokenwise, graph.constant("flat", [0, 0, m * d])], "features")
+    weights = graph.constant("output_weights", network.output.view(m * d, len(network.bias)))
+    outputs = graph.node(
+        "Add", [graph.node("MatMul", [flat, weights], "outputs"), graph.constant("bias", network.bias)], "rows"
+    )
+    if network.pooled:
+        graph.node("Squeeze", [outputs, graph.constant("rows_axis", [1])], "y")
+    else:
+        graph.node("Identity", [outputs], "y")
+    return shape
+
+
+def _add_hidden_bias(graph: _Graph, network: Network, samples: str, sides: list[int]) -> str:
     if not network.hidden_bias:
         return samples
     one = graph.constant("one", torch.ones((), dtype=network.hidden.dtype))
     return graph.node("Pad", [samples, graph.constant("padding", sides), one], "samples")
 
 
-def _add_hidden(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: str, axis: int) -> str:
+def _add_hidden(graph: _Graph, network: Network, samples: str, axis: int) -> str:
     """Activations of the hidden layer; `axis` is that of the neurons."""
     hidden = graph.node("MatMul", [samples, graph.constant("hidden_weights", network.hidden)], "hidden")
     if network.relu:
@@ -219,25 +267,32 @@ def _add_hidden(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: 
     return hidden
 
 
-def _add_outputs(
-    graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, weights: torch.Tensor, features: Callable[[], str]
-) -> None:
+def _add_outputs(graph: _Graph, network: Network, weights: torch.Tensor, features: Callable[[], str]) -> None:
     """The output layer; without neurons the bias alone."""
-    bias = graph.constant("bias", network.bias)
     if network.hidden.shape[1] == 0:
-        n_samples = graph.node("Shape", ["x"], "n_samples", start=0, end=1)
-        shape = graph.node("Concat", [n_samples, graph.constant("n_outputs", [len(network.bias)])], "shape", axis=0)
-        graph.node("Expand", [bias, shape], "y")
+        _add_constant(graph, network, 1)
         return
     outputs = graph.node("MatMul", [features(), graph.constant("output_weights", weights)], "outputs")
-    graph.node("Add", [outputs, bias], "y")
+    graph.node("Add", [outputs, graph.constant("bias", network.bias)], "y")
 
 
-def _add_gates(graph: _Graph, network: TwoLayerNetwork | TwoLayerCNN, samples: str, axis: int) -> str:
+def _add_constant(graph: _Graph, network: Network, leading: int) -> None:
+    """The bias for every sample, or for the first `leading` axes of the samples."""
+    n_samples = graph.node("Shape", ["x"], "n_samples", start=0, end=leading)
+    shape = graph.node("Concat", [n_samples, graph.constant("n_outputs", [len(network.bias)])], "shape", axis=0)
+    graph.node("Expand", [graph.constant("bias", network.bias), shape], "y")
+
+
+def _add_gates(graph: _Graph, network: Network, samples: str, axis: int) -> str:
     """Ones and zeros: whether the gate of each neuron is active."""
     rounded = graph.cast(samples, "rounded", network.sample_dtype)
     exact = graph.cast(rounded, "exact", torch.float64)
     products = graph.node("MatMul", [exact, graph.constant("gates", network.gates)], "products")
+    return _add_active(graph, network, products, axis)
+
+
+def _add_active(graph: _Graph, network: Network, products: str, axis: int) -> str:
+    """Ones where products with gates are not negative; gates, on an axis, become neurons."""
     zero = graph.constant("zero", np.zeros((), dtype=np.float64))
     active = graph.node("GreaterOrEqual", [products, zero], "active")
     numbers = graph.cast(active, "numbers", network.hidden.dtype)

@@ -19,7 +19,7 @@ from cvxnn.certificates import Certificate, certify, evaluate
 from cvxnn.columns import Columns
 from cvxnn.cones import Cones, decompose
 from cvxnn.errors import InvalidInputError, UnsupportedError
-from cvxnn.networks import TwoLayerCNN, TwoLayerNetwork, build_network
+from cvxnn.networks import Network, build_network
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers import Result
@@ -76,7 +76,7 @@ class ReluDecomposition:
         """Number of neurons of the network."""
         return len(Columns.from_factors(*self.factors).without_zeros())
 
-    def network(self, dtype: torch.dtype | None = None) -> TwoLayerNetwork | TwoLayerCNN:
+    def network(self, dtype: torch.dtype | None = None) -> Network:
         """The ReLU network as a module; `dtype` is the type of its weights, by default that of the problem."""
         return build_network(self.problem, None, self.intercept, factors=self.factors, dtype=dtype)
 

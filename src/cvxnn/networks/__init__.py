@@ -1,7 +1,16 @@
 """Solutions as torch modules: the two-layer network that a convex solution stands for."""
 
-from cvxnn.networks.building import build_network
+from cvxnn.networks.attention import AttentionNetwork
+from cvxnn.networks.building import Network, build_network
 from cvxnn.networks.cnn import TwoLayerCNN
 from cvxnn.networks.mlp import TwoLayerNetwork, balanced_factors, padded_factors
 
-__all__ = ["TwoLayerCNN", "TwoLayerNetwork", "balanced_factors", "build_network", "padded_factors"]
+__all__ = [
+    "AttentionNetwork",
+    "Network",
+    "TwoLayerCNN",
+    "TwoLayerNetwork",
+    "balanced_factors",
+    "build_network",
+    "padded_factors",
+]

@@ -6,12 +6,16 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
+from cvxnn.networks.attention import AttentionNetwork
 from cvxnn.networks.cnn import TwoLayerCNN
 from cvxnn.networks.mlp import TwoLayerNetwork, balanced_factors
-from cvxnn.operators import CNNOperator
+from cvxnn.operators import AttentionOperator, CNNOperator
 from cvxnn.problem import Problem
 
-__all__ = ["build_network"]
+__all__ = ["Network", "build_network"]
+
+#: The modules that stand for the points of problems.
+Network = TwoLayerNetwork | TwoLayerCNN | AttentionNetwork
 
 
 def build_network(
@@ -20,7 +24,7 @@ def build_network(
     intercept: torch.Tensor,
     factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
-) -> TwoLayerNetwork | TwoLayerCNN:
+) -> Network:
     """The network of a point of a problem, with the same predictions.
 
     Parameters
@@ -61,4 +65,6 @@ def build_network(
         height, width = op.images.shape[2:]
         grid = op.geometry.grid(height, width)
         return TwoLayerCNN(*arguments, op.geometry, op.pooling.clone(), grid, problem.dtype, relu)
+    if isinstance(op, AttentionOperator):
+        return AttentionNetwork(*arguments, pooled=op.rows.pooled, sample_dtype=problem.dtype, relu=relu)
     return TwoLayerNetwork(*arguments, problem.hidden_bias, problem.dtype, relu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,6 +18,11 @@ class GatedModule(nn.Module):
     """A module whose gates stay in float64, whatever it is converted to."""
 
     gates: torch.Tensor | None
+
+    @property
+    def n_gates(self) -> int:
+        """Number of gates P; 1 without gates."""
+        return 1 if self.gates is None else self.gates.shape[-1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Conversions of the module move the gates, but never round them.
@@ -142,12 +147,12 @@ def _unit_vectors(index: torch.Tensor, n: int, like: torch.Tensor) -> torch.Tens
     return torch.eye(n, dtype=like.dtype, device=like.device)[:, index]
 
 
-def padded_factors(network: TwoLayerNetwork, norms: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_factors(network: Any, norms: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The neurons of a network gate by gate, balanced in the given norms, in float64.
 
     Parameters
     ----------
-    network : TwoLayerNetwork
+    network : TwoLayerNetwork, TwoLayerCNN or AttentionNetwork
     norms : pair of str
         Names of the norms C of the u_j and R of the v_j.
 
@@ -160,5 +165,4 @@ def padded_factors(network: TwoLayerNetwork, norms: tuple[str, str]) -> tuple[to
     U, V = network.hidden.detach().double().T, network.output.detach().double()
     index = network.gate_index
     index = torch.zeros(len(U), dtype=torch.long, device=U.device) if index is None else index
-    n_gates = 1 if network.gates is None else network.gates.shape[1]
-    return Columns(index, U, V).without_zeros().balanced(norms).factors(n_gates)
+    return Columns(index, U, V).without_zeros().balanced(norms).factors(network.n_gates)

@@ -11,7 +11,7 @@ import torch
 from cvxnn.errors import InvalidInputError
 from cvxnn.validation import as_numbers
 
-__all__ = ["TokenMask", "read_tokens"]
+__all__ = ["TokenMask", "read_mask", "read_tokens"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class TokenMask:
             return both
         return both & (self.pairs if len(self.pairs) == 1 else self.pairs[rows])
 
+    def of(self, rows: slice | torch.Tensor) -> TokenMask:
+        """The mask of some sequences."""
+        shared = self.pairs is None or len(self.pairs) == 1
+        return TokenMask(self.valid[rows], self.pairs if shared or self.pairs is None else self.pairs[rows])
+
     def to(self, device: torch.device) -> TokenMask:
         """The same on a device."""
         return TokenMask(self.valid.to(device), None if self.pairs is None else self.pairs.to(device))
@@ -48,7 +53,7 @@ def read_tokens(tokens: Any, mask: Any, name: str = "tokens") -> tuple[np.ndarra
     Parameters
     ----------
     tokens : array-like of shape (n, s, d)
-    mask : array-like of bool or None
+    mask : array-like of bool, TokenMask or None
         (n, s): valid tokens; (s, s) or (n, s, s): which token (a row) sees which (a column). A token that neither
         sees another nor is seen is padding.
 
@@ -61,7 +66,7 @@ def read_tokens(tokens: Any, mask: Any, name: str = "tokens") -> tuple[np.ndarra
     if array.ndim != 3 or min(array.shape) == 0:
         raise InvalidInputError(f"{name} has shape {array.shape}; (n, tokens, features) is wanted")
     n, s, _ = array.shape
-    found = _read_mask(mask, n, s)
+    found = mask if isinstance(mask, TokenMask) else read_mask(mask, n, s)
     valid = found.valid.numpy()
     empty = np.flatnonzero(~valid.any(1))
     if len(empty):
@@ -72,7 +77,8 @@ def read_tokens(tokens: Any, mask: Any, name: str = "tokens") -> tuple[np.ndarra
     return np.where(valid[:, :, None], array, 0.0), found
 
 
-def _read_mask(mask: Any, n: int, s: int) -> TokenMask:
+def read_mask(mask: Any, n: int, s: int) -> TokenMask:
+    """The mask of n sequences of s tokens; shapes and errors as for :func:`read_tokens`."""
     if mask is None:
         return TokenMask(torch.ones(n, s, dtype=torch.bool))
     array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)

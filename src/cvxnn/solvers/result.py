@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cvxnn.certificates import Certificate
-from cvxnn.networks import TwoLayerCNN, TwoLayerNetwork, build_network
+from cvxnn.networks import Network, build_network
 from cvxnn.problem import Problem
 
 __all__ = ["Result"]
@@ -62,7 +62,7 @@ class Result:
         """The objective of the returned point, ``certificate.primal``."""
         return self.certificate.primal
 
-    def network(self, dtype: torch.dtype | None = None) -> TwoLayerNetwork | TwoLayerCNN:
+    def network(self, dtype: torch.dtype | None = None) -> Network:
         """The trained network as a module that predicts on new data.
 
         Its neurons are the factors where the result has them, and otherwise those that the norm of Z is the

@@ -73,7 +73,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
 
     Parameters
     ----------
-    model : fitted estimator of cvxnn, TwoLayerNetwork or TwoLayerCNN
+    model : fitted estimator of cvxnn, TwoLayerNetwork, TwoLayerCNN or AttentionNetwork
     path : str or path
         A file that exists is replaced; it survives when writing fails.
 
@@ -120,7 +120,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Returns
     -------
-    estimator, TwoLayerNetwork or TwoLayerCNN
+    estimator, TwoLayerNetwork, TwoLayerCNN or AttentionNetwork
         On the CPU, with the same predictions. An estimator has all its attributes but ``result_``, which
         needs the data; of the result there are ``certificate_``, ``dual_``, ``status_`` and ``seconds_``.
         ``dual_``, a torch.Tensor of shape (n, c), is the dual point of the training problem, whose samples
