@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 import cvxnn
-from cvxnn.losses import Huber
 from cvxnn.solvers import SOLVERS
 from cvxnn.solvers.base import make_options
-from tests.soundness.problems import Instance, random_instance
-from tests.soundness.reference import Reference
+from tests.soundness.problems import random_instance
+from tests.soundness.reference import AnyInstance, Reference
 from tests.soundness.tamper import tampered
 
-__all__ = ["Report", "Violation", "check_problem"]
+__all__ = ["Report", "Violation", "check_instance", "check_problem"]
 
 #: Relative tolerance for the evaluation in double precision.
 TOLERANCE = 1e-9
@@ -59,8 +58,12 @@ def check_problem(seed: int, index: int, tamper: str | None = None, small: bool 
 
     `tamper` names a deliberate mistake of `tests.soundness.tamper`, made in the certificates only.
     """
-    begin = time.perf_counter()
-    instance = random_instance(seed, index, small)
+    return check_instance(random_instance(seed, index, small), seed, tamper)
+
+
+def check_instance(instance: AnyInstance, seed: int, tamper: str | None = None) -> Report:
+    """Check one problem, of any architecture whose blocks are unconstrained."""
+    begin, index = time.perf_counter(), instance.index
     report = Report(index, instance.loss, instance.reduction, instance.output_bias, instance.norms)
     checker = _Checker(instance, report)
     with tampered(tamper):
@@ -71,23 +74,11 @@ def check_problem(seed: int, index: int, tamper: str | None = None, small: bool 
 
 
 class _Checker:
-    def __init__(self, instance: Instance, report: Report) -> None:
+    def __init__(self, instance: AnyInstance, report: Report) -> None:
         self.instance, self.report = instance, report
         self.reference = Reference(instance)
         self.interval = self.reference.interval
-        self.problem = cvxnn.mlp_problem(
-            instance.X,
-            instance.Y,
-            activation="linear" if instance.gates is None else "gated_relu",
-            gates=instance.gates,
-            beta=self.reference.beta,
-            loss=Huber(instance.delta) if instance.loss == "huber" else instance.loss,
-            reduction=instance.reduction,
-            output_bias=instance.output_bias,
-            norms=instance.norms,
-            sample_weight=instance.sample_weight,
-            dtype=instance.dtype,
-        )
+        self.problem = instance.problem(self.reference.beta)
 
     def check_all(self, rng: np.random.Generator) -> None:
         if not np.array_equal(self.problem.patterns.numpy(), self.instance.patterns):

@@ -26,12 +26,14 @@ def solve_primal(reference: Reference, scale: float, tolerance: float) -> Soluti
 
     The variables are Z times the size of the features.
     """
-    P, d, c = reference.block_shape
+    P, d, q = reference.block_shape
     size = _size(reference.features)
-    Z = [cp.Variable((d, c)) for _ in range(P)]
+    Z = [cp.Variable((d, q)) for _ in range(P)]
     T = cp.Variable(reference.Y.shape)
-    b = cp.Variable((1, c))
-    tie = (reference.features / size) @ cp.vstack(Z) + np.ones((len(reference.Y), 1)) @ b - T == 0
+    b = cp.Variable((1, reference.Y.shape[1]))
+    # Column `output * a + cell` of a block belongs to a cell; the features have the cells first.
+    stacked = cp.vstack([block[:, cell :: reference.cells] for cell in range(reference.cells) for block in Z])
+    tie = (reference.features / size) @ stacked + np.ones((len(reference.Y), 1)) @ b - T == 0
     fixed = [] if reference.instance.output_bias else [b == 0]
     penalty = cp.sum([_norm(block, reference.instance.norms) for block in Z])
     objective = (loss_expression(reference, T) + reference.beta / size * penalty) / scale
@@ -46,20 +48,26 @@ def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution
 
     The objective is divided by `scale`, and the blocks A_k*(nu) by beta.
     """
-    P, d, c = reference.block_shape
-    n = len(reference.Y)
+    P, d, q = reference.block_shape
+    n, c = reference.Y.shape
+    a = reference.cells
     nu = cp.Variable((n, c))
-    blocks = [cp.Variable((d, c)) for _ in range(P)]
-    features = reference.features.reshape(n, P, d)
+    blocks = [cp.Variable((d, q)) for _ in range(P)]
+    features = reference.features.reshape(n, a, P, d)
     size = _size(features)
-    ties = [features[:, k].T / size @ nu - reference.beta / size * blocks[k] == 0 for k in range(P)]
+    ties = [
+        features[:, cell, k].T / size @ nu - reference.beta / size * blocks[k][:, cell::a] == 0
+        for k in range(P)
+        for cell in range(a)
+    ]
     constraints = [_dual_norm(block, reference.instance.norms) <= 1 for block in blocks]
     centered = [cp.sum(nu, axis=0) == 0] if reference.instance.output_bias else []
     conjugate, domain = _conjugate(reference, nu)
     program = cp.Problem(cp.Minimize(conjugate / scale), [*ties, *constraints, *centered, *domain])
     if not solve_with_clarabel(program, tolerance):
         return None
-    Z = np.array([-scale / size * tie.dual_value for tie in ties])
+    multipliers = np.array([-scale / size * tie.dual_value for tie in ties]).reshape(P, a, d, c)
+    Z = multipliers.transpose(0, 2, 3, 1).reshape(P, d, q)
     intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(c)
     return Z, intercept, np.asarray(nu.value)
 

@@ -13,12 +13,15 @@ from functools import cached_property
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from tests.soundness.cnn_problems import CNNInstance
 from tests.soundness.conic import solve_dual, solve_primal
 from tests.soundness.losses import make_loss
 from tests.soundness.norms import dual_norm, matrix_norm
 from tests.soundness.problems import Instance
 
-__all__ = ["Interval", "Reference"]
+__all__ = ["AnyInstance", "Interval", "Reference"]
+
+AnyInstance = Instance | CNNInstance
 
 #: Programs and tolerances of Clarabel, tried in turn until the interval is narrow.
 _ATTEMPTS = (
@@ -53,23 +56,25 @@ class Interval:
 
 
 class Reference:
-    """One problem in NumPy."""
+    """One problem in NumPy: A(Z)_ic = sum_k sum_a <row a of Phi_ik, column c a of Z_k>; a = 1 but for CNNs."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: AnyInstance) -> None:
         self.instance = instance
         self.used = instance.weights > 0
         self.w = instance.weights[self.used]
         self.Y = instance.Y[self.used]
         self.loss = make_loss(instance.loss, self.Y, self.w, instance.delta)
-        self.n_gates = instance.patterns.shape[1]
-        self.block_shape = (self.n_gates, instance.X.shape[1], self.Y.shape[1])
-        masked = instance.patterns[self.used][:, :, None] * instance.X[self.used][:, None, :]
-        self.features = masked.reshape(len(self.Y), -1)
+        pooled = instance.pooled[self.used]
+        _, self.cells, self.n_gates, length = pooled.shape
+        self.block_shape = (self.n_gates, length, self.Y.shape[1] * self.cells)
+        self.features = pooled.reshape(len(self.Y), -1)
         self._features = self.features.astype(np.longdouble)
 
     def predictions(self, Z: np.ndarray) -> np.ndarray:
         """A(Z) = sum_k D_k X Z_k of the samples with a weight, in extended precision."""
-        return self._features @ np.asarray(Z, np.longdouble).reshape(self._features.shape[1], -1)
+        n_gates, length, _ = self.block_shape
+        blocks = np.asarray(Z, np.longdouble).reshape(n_gates, length, -1, self.cells)
+        return self._features @ blocks.transpose(3, 0, 1, 2).reshape(self._features.shape[1], -1)
 
     def objective(self, Z: np.ndarray, intercept: np.ndarray) -> float:
         """F(A(Z) + 1 b^T) + beta Omega(Z)."""
@@ -78,7 +83,9 @@ class Reference:
 
     def dual_norm(self, nu: np.ndarray) -> float:
         """max_k ||(D_k X)^T nu||_D*."""
-        blocks = (self._features.T @ nu).astype(float).reshape(self.block_shape)
+        n_gates, length, _ = self.block_shape
+        found = (self._features.T @ nu).astype(float).reshape(self.cells, n_gates, length, -1)
+        blocks = found.transpose(1, 2, 3, 0).reshape(self.block_shape)
         return max(dual_norm(block, self.instance.norms) for block in blocks)
 
     def best_intercept(self, Z: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
