@@ -125,6 +125,10 @@ def test_in_pipelines_and_cross_validation():
         (IMAGES[:, 0, 0], {"image_shape": (1, 1, 1)}, "Expected 2D array"),
         (IMAGES[:, None, None], {}, r"X has shape \(400, 1, 1, 8, 8\)"),
         (IMAGES + 1j, {}, "Complex data not supported"),
+        ([IMAGES[0], IMAGES[1][:4]], {}, "X cannot be read as images of one size"),
+        (np.full((4, 8, 8), "pixel"), {}, "could not convert string"),
+        (IMAGES[:4, :2, :2], {}, "filter_size has a height of 3"),
+        (IMAGES[:1], {}, "only one class"),
     ],
 )
 def test_careless_input(X, options, message):
@@ -132,6 +136,12 @@ def test_careless_input(X, options, message):
         X = X.reshape(400, -1)
     with pytest.raises(ValueError, match=message):
         cvxnn.ConvexCNNClassifier(**(SMALL | options)).fit(X, LABELS[: len(X)])
+
+
+def test_images_without_contrast():
+    constant = cvxnn.ConvexCNNClassifier(**SMALL).fit(np.ones((20, 8, 8)), np.arange(20) % 2)
+    assert constant.certificate_.relative_gap <= 1e-3
+    assert np.allclose(constant.predict_proba(np.ones((2, 8, 8))), 0.5)
 
 
 def test_one_class_and_wrong_lengths():

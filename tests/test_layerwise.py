@@ -273,6 +273,10 @@ CARELESS = [
     ({"callbacks": [3]}, "callbacks holds"),
     ({"width": 0}, "width is 0"),
     ({"device": "abacus"}, "device is 'abacus'"),
+    ({"random_state": "x"}, "random_state is 'x'"),
+    ({"random_state": -1}, "random_state is -1"),
+    ({"checkpoint": 3}, "checkpoint is 3"),
+    ({"checkpoint": "a\0b"}, "checkpoint is"),
 ]
 
 
@@ -297,6 +301,12 @@ def test_careless_data():
         ((images, labels), {"validation": (images[:, 1:], labels)}, "validation images have shape"),
         ((images, labels), {"validation": (images, labels + 5)}, "not in y"),
         ((images * 1e300, labels), {}, "X"),
+        ((np.full(images.shape, "pixel"), labels), {}, "X cannot be read as an array of numbers"),
+        ((["a.png"] * 120, labels), {}, "X has shape"),
+        (([images[0], images[1][:4]], [0, 1]), {}, "X cannot be read as images of one size"),
+        ((images[:1], labels[:1]), {}, "only one class"),
+        ((images[:0], labels[:0]), {}, "X has shape"),
+        ((images + 1j, labels), {}, "X is complex"),
     ]
     for arguments, more, message in cases:
         with warnings.catch_warnings(), pytest.raises(InvalidInputError, match=message):
@@ -305,6 +315,15 @@ def test_careless_data():
     found = model(1, epochs=1, certify=False).fit(images, labels)
     with pytest.raises(InvalidInputError, match="as in training"):
         found.predict(images[:, 1:])
+
+
+@pytest.mark.parametrize("method", ["sgd", "convex"])
+def test_images_without_contrast(method):
+    """Constant images: nothing can be learned from them, and nothing breaks."""
+    for pixels in (np.ones((20, 8, 8)), np.zeros((20, 8, 8), np.uint8)):
+        found = model(1, method=method, epochs=1, tol=1e-2).fit(pixels, np.arange(20) % 2)
+        assert np.isfinite(found.decision_function(pixels)).all()
+        assert found.certificate_.lower_bound > 0
 
 
 def test_a_list_has_an_entry_per_stage_and_a_tuple_is_a_pair():

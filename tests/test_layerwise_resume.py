@@ -1,5 +1,7 @@
 """Checkpoints of layerwise training: a run that was killed goes on to the same result."""
 
+import errno
+
 import pytest
 
 from cvxnn.errors import StorageError
@@ -136,3 +138,13 @@ def test_places_that_cannot_be_written(tmp_path):
         model(**OPTIONS, checkpoint=file).fit(*SMALL)
     with pytest.raises(StorageError, match="cannot write"):
         model(**OPTIONS, checkpoint=tmp_path / "a" / "b").fit(*SMALL)
+
+
+def test_a_folder_that_is_read_only_is_named_before_training(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("cvxnn.layerwise.checkpoint.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("cvxnn.layerwise.training.Sgd.run_epoch", lambda self: pytest.fail("trained"))
+    with pytest.raises(StorageError, match=r"cannot write .*Permission denied"):
+        model(**OPTIONS, checkpoint=tmp_path).fit(*SMALL)

@@ -7,6 +7,9 @@ import pytest
 
 from tests.soundness.__main__ import WIDE, main, summarise
 from tests.soundness.check import Report, check_problem
+from tests.soundness.cnn_check import check_cnn_problem, check_cnn_relu_problem
+from tests.soundness.cnn_problems import random_cnn_instance
+from tests.soundness.cnn_relu_problems import random_cnn_relu_instance
 from tests.soundness.problems import random_instance
 from tests.soundness.reference import Reference
 from tests.soundness.relu_cells import cell_patterns
@@ -169,3 +172,51 @@ def test_relu_reference_duals_are_below_random_networks(index: int) -> None:
         value, nu = reference.dual_value(rng.normal(size=reference.Y.shape) * 10 ** rng.uniform(-3, 1))
         assert reference.dual_norm(nu)[1] <= reference.beta * (1 + 1e-12)
         assert value <= best.upper * (1 + 1e-12)
+
+
+#: Gated and linear CNNs; and ReLU ones, of all neurons and of given gates.
+CNN_PROBLEMS, CNN_RELU_PROBLEMS = range(5), (3, 24)
+
+
+@pytest.fixture(scope="module")
+def cnn_reports() -> list[Report]:
+    reports = [check_cnn_problem(0, index, small=True) for index in CNN_PROBLEMS]
+    return reports + [check_cnn_relu_problem(0, index, small=True) for index in CNN_RELU_PROBLEMS]
+
+
+def test_no_certificate_of_a_cnn_is_contradicted(cnn_reports: list[Report]) -> None:
+    assert [violation for report in cnn_reports for violation in report.violations] == []
+    assert summarise(cnn_reports)["certificates"] > 15 * len(cnn_reports)
+    assert sum(report.relative_width > WIDE for report in cnn_reports) <= 1
+
+
+@pytest.mark.parametrize("tamper", ["dual_norm", "cnn_pooling"])
+def test_deliberate_mistakes_in_cnns_are_found(tamper: str) -> None:
+    found = [check_cnn_problem(0, index, tamper, small=True).violations for index in (0, 1)]
+    assert any(found)
+
+
+def test_deliberate_mistakes_in_relu_cnns_are_found() -> None:
+    statements = {violation.statement for violation in check_cnn_relu_problem(0, 3, "one_sign", small=True).violations}
+    assert "lower_bound <= p*" in statements
+
+
+def test_cnn_problems_are_varied() -> None:
+    instances = [random_cnn_instance(0, index) for index in range(64)]
+    geometries = [instance.geometry for instance in instances]
+    assert len({(i.loss, i.reduction, i.output_bias) for i in instances}) == 16
+    assert {len(geometry.pooling) for geometry in geometries} >= {1, 2, 3, 4}
+    assert len({(g.stride, g.padding, g.hidden_bias) for g in geometries}) > 20
+    assert any((geometry.pooling < 0).any() for geometry in geometries)
+    assert {instance.gates is None for instance in instances} == {True, False}
+    relu = [random_cnn_relu_instance(0, index) for index in range(72)]
+    assert len({(i.loss, i.reduction, i.output_bias, i.gates is None) for i in relu}) == 24
+    assert max(len(instance.X) for instance in relu) <= 24
+
+
+def test_command_serves_cnns(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--architecture", "cnn", "--activation", "relu", "--problems", "1", "--jobs", "1", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["certificates"] > 15
+    with pytest.raises(SystemExit):
+        main(["--architecture", "cnn", "--outputs", "vector"])

@@ -1,7 +1,8 @@
 """Check many random problems: ``python -m tests.soundness --problems 300 --seed 0 --jobs 2 [--json]``.
 
 With ``--activation relu`` these are ReLU problems of low rank, with one output, or ``--outputs vector``: two or three.
-With ``--architecture attention`` they are blocks of self-attention: linear, gated ReLU and small ones of ReLU.
+With ``--architecture cnn`` they are CNNs of random geometry and pooling, with ``--architecture attention`` blocks of
+self-attention: linear, gated ReLU and small ones of ReLU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from tests.soundness.attention import check_attention_problem
 from tests.soundness.check import TOLERANCE, Report, check_problem, set_threads
+from tests.soundness.cnn_check import check_cnn_problem, check_cnn_relu_problem
 from tests.soundness.relu_check import check_relu_problem
 from tests.soundness.tamper import RELU_TAMPERINGS, TAMPERINGS
 
@@ -40,20 +42,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first one (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sequence of problems (0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
-    parser.add_argument("--architecture", choices=("mlp", "attention"), default="mlp", help="of the problems (mlp)")
     parser.add_argument("--activation", choices=("gated", "relu"), default="gated", help="of the problems (gated)")
+    parser.add_argument(
+        "--architecture", choices=("mlp", "cnn", "attention"), default="mlp", help="of the problems (mlp)"
+    )
     parser.add_argument("--outputs", choices=("scalar", "vector"), default="scalar", help="of ReLU problems (scalar)")
     parser.add_argument("--tamper", choices=TAMPERINGS + RELU_TAMPERINGS, help="make this mistake on purpose")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     if given.tamper in RELU_TAMPERINGS and given.activation != "relu":
         parser.error(f"--tamper {given.tamper} is for --activation relu")
+    if given.architecture == "attention" and given.activation == "relu":
+        parser.error("--activation relu is not for --architecture attention, whose problems have all activations")
+    if given.architecture == "cnn" and given.outputs == "vector":
+        parser.error("--outputs vector is for --architecture mlp: ReLU CNNs have one output and one cell here")
     begin = time.perf_counter()
-    if given.architecture != "mlp" and given.activation == "relu":
-        parser.error("--activation relu is for --architecture mlp; problems of attention have all activations")
-    check = check_problem if given.activation == "gated" else partial(check_relu_problem, outputs=given.outputs)
+    check: Callable[..., Report]
     if given.architecture == "attention":
         check = check_attention_problem
+    elif given.architecture == "cnn":
+        check = check_cnn_problem if given.activation == "gated" else check_cnn_relu_problem
+    else:
+        check = check_problem if given.activation == "gated" else partial(check_relu_problem, outputs=given.outputs)
     indices = range(given.first, given.first + given.problems)
     with Progress(
         TextColumn("soundness"),

@@ -57,6 +57,13 @@ class AttentionReference(Reference):
         rows = instance.rows(per_token)[self.used]
         return (active.shape[3], d * d, d * c), rows.reshape(len(self.Y), -1)
 
+    def weights(self, Z: np.ndarray) -> np.ndarray:
+        """Entry l * c + b of a row of Z belongs to output b."""
+        return Z.reshape(-1, self.Y.shape[1])
+
+    def blocks(self, weights: np.ndarray) -> np.ndarray:
+        return weights.reshape(self.block_shape)
+
 
 class _AttentionChecker(Checker):
     """Linear and gated blocks, their dual norms from whole blocks and from parts in turn."""
@@ -65,18 +72,6 @@ class _AttentionChecker(Checker):
 
     def make_reference(self) -> Reference:
         return AttentionReference(self.instance)
-
-    def make_problem(self, **options: Any) -> cvxnn.Problem:
-        instance = self.instance
-        Y = instance.Y
-        if instance.output == "tokens":
-            # What is at padding must not matter.
-            Y = np.full((*instance.valid.shape, Y.shape[1]), np.nan)
-            Y[instance.valid] = instance.Y
-        tokens = np.where(instance.valid[:, :, None], instance.tokens, np.nan)
-        activation = "linear" if instance.gates is None else "gated_relu"
-        options = {"activation": activation, "gates": instance.gates, "output": instance.output} | options
-        return cvxnn.attention_problem(tokens, Y, mask=instance.mask, **options)
 
     def check_all(self, rng: np.random.Generator) -> None:
         if self.report.index % 2 == 0:
@@ -101,10 +96,6 @@ class _ReluChecker(_AttentionChecker):
 
     def make_reference(self) -> Reference:
         return AttentionReference(replace(self.instance, gates=np.array([[[1.0]], [[-1.0]]])))
-
-    def make_problem(self, **options: Any) -> cvxnn.Problem:
-        options = {"activation": "relu", "gates": "enumerate"} | options
-        return super().make_problem(**options)
 
     def check_all(self, rng: np.random.Generator) -> None:
         if self.problem.scope != "relu_network":

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cvxnn
+from cvxnn.losses import Huber
 from tests.soundness.problems import LOSSES, random_targets, random_weights
 
 __all__ = ["AttentionInstance", "random_attention_instance"]
@@ -52,6 +54,28 @@ class AttentionInstance:
             return self.pairs[:, :, :, None]
         scores = np.einsum("nta,kab,nsb->ntsk", self.tokens, self.gates, self.tokens)
         return (scores >= 0) & self.pairs[:, :, :, None]
+
+    def problem(self, beta: float) -> cvxnn.Problem:
+        """The problem of the package; what is at padding is NaN, which must not matter."""
+        Y = self.Y
+        if self.output == "tokens":
+            Y = np.full((*self.valid.shape, Y.shape[1]), np.nan)
+            Y[self.valid] = self.Y
+        return cvxnn.attention_problem(
+            np.where(self.valid[:, :, None], self.tokens, np.nan),
+            Y,
+            mask=self.mask,
+            activation="relu" if self.relu else "linear" if self.gates is None else "gated_relu",
+            gates="enumerate" if self.relu else self.gates,
+            output=self.output,
+            beta=beta,
+            loss=Huber(self.delta) if self.loss == "huber" else self.loss,
+            reduction=self.reduction,
+            output_bias=self.output_bias,
+            norms=self.norms,
+            sample_weight=self.sample_weight,
+            dtype=self.dtype,
+        )
 
     def rows(self, per_token: np.ndarray) -> np.ndarray:
         """Rows of predictions of what belongs to every token, (n, s, ...)."""

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 import cvxnn
-from cvxnn.losses import Huber
 from cvxnn.solvers import SOLVERS
 from cvxnn.solvers.base import make_options
-from tests.soundness.problems import Instance, random_instance
-from tests.soundness.reference import Reference
+from tests.soundness.problems import random_instance
+from tests.soundness.reference import AnyInstance, Reference
 from tests.soundness.tamper import tampered
 
-__all__ = ["Checker", "Report", "Violation", "check_problem", "random_direction"]
+__all__ = ["Checker", "Report", "Violation", "check_instance", "check_problem", "random_direction"]
 
 #: Relative tolerance for the evaluation in double precision.
 TOLERANCE = 1e-9
@@ -59,8 +58,12 @@ def check_problem(seed: int, index: int, tamper: str | None = None, small: bool 
 
     `tamper` names a deliberate mistake of `tests.soundness.tamper`, made in the certificates only.
     """
-    begin = time.perf_counter()
-    instance = random_instance(seed, index, small)
+    return check_instance(random_instance(seed, index, small), seed, tamper)
+
+
+def check_instance(instance: AnyInstance, seed: int, tamper: str | None = None) -> Report:
+    """Check one problem, of any architecture whose blocks are unconstrained."""
+    begin, index = time.perf_counter(), instance.index
     report = Report(index, instance.loss, instance.reduction, instance.output_bias, instance.norms)
     checker = Checker(instance, report)
     with tampered(tamper):
@@ -71,31 +74,21 @@ def check_problem(seed: int, index: int, tamper: str | None = None, small: bool 
 
 
 class Checker:
-    """Checks of the problem of one instance; those of other architectures override the first two methods."""
+    """Checks of the problem of one instance, against its reference."""
 
-    def __init__(self, instance: Any, report: Report) -> None:
+    def __init__(self, instance: AnyInstance, report: Report) -> None:
         self.instance, self.report = instance, report
         self.reference = self.make_reference()
         self.interval = self.reference.interval
-        self.problem = self.make_problem(
-            beta=self.reference.beta,
-            loss=Huber(instance.delta) if instance.loss == "huber" else instance.loss,
-            reduction=instance.reduction,
-            output_bias=instance.output_bias,
-            norms=instance.norms,
-            sample_weight=instance.sample_weight,
-            dtype=instance.dtype,
-        )
+        self.problem = instance.problem(self.reference.beta)
 
     def make_reference(self) -> Reference:
         """The problem in NumPy."""
         return Reference(self.instance)
 
-    def make_problem(self, **options: Any) -> cvxnn.Problem:
-        """The problem of the package."""
-        instance: Instance = self.instance
-        activation = "linear" if instance.gates is None else "gated_relu"
-        return cvxnn.mlp_problem(instance.X, instance.Y, activation=activation, gates=instance.gates, **options)
+    def patterns_are_right(self) -> bool:
+        """Whether patterns are X g >= 0."""
+        return np.array_equal(self.problem.patterns.numpy(), self.instance.patterns)
 
     def check_all(self, rng: np.random.Generator) -> None:
         if not self.patterns_are_right():
@@ -105,10 +98,6 @@ class Checker:
         for points in (self.iterates(), self.points(rng), self.dual_points(rng), self.factors(rng)):
             for name, arguments in points:
                 self.check(name, cvxnn.certify(self.problem, **arguments), arguments)
-
-    def patterns_are_right(self) -> bool:
-        """Whether patterns are X g >= 0."""
-        return np.array_equal(self.problem.patterns.numpy(), self.instance.patterns)
 
     def violated(self, point: str, statement: str, excess: float) -> None:
         self.report.violations.append(Violation(self.report.index, point, statement, excess))

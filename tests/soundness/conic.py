@@ -17,7 +17,7 @@ __all__ = ["loss_expression", "solve_dual", "solve_primal", "solve_with_clarabel
 _ORDERS: dict[str, Any] = {"l1": 1, "l2": 2, "linf": "inf"}
 _DUALS: dict[str, Any] = {"l1": "inf", "l2": 2, "linf": 1}
 
-#: Z (P, p, q), intercept (c,) and nu (n, c), or None where there is none.
+#: Z (P, d, c), intercept (c,) and nu (n, c), or None where there is none.
 Solution = tuple[np.ndarray, np.ndarray, np.ndarray] | None
 
 
@@ -26,21 +26,17 @@ def solve_primal(reference: Reference, scale: float, tolerance: float) -> Soluti
 
     The variables are Z times the size of the features.
     """
-    P, p, q = reference.block_shape
-    c = reference.Y.shape[1]
     size = _size(reference.features)
-    Z = [cp.Variable((p, q)) for _ in range(P)]
+    weights, Z = _variables(reference)
     T = cp.Variable(reference.Y.shape)
-    b = cp.Variable((1, c))
-    flat = cp.vstack([cp.reshape(block, (p * q // c, c), order="C") for block in Z])
-    tie = (reference.features / size) @ flat + np.ones((len(reference.Y), 1)) @ b - T == 0
+    b = cp.Variable((1, reference.Y.shape[1]))
+    tie = (reference.features / size) @ weights + np.ones((len(reference.Y), 1)) @ b - T == 0
     fixed = [] if reference.instance.output_bias else [b == 0]
     penalty = cp.sum([_norm(block, reference.instance.norms) for block in Z])
     objective = (loss_expression(reference, T) + reference.beta / size * penalty) / scale
     if not solve_with_clarabel(cp.Problem(cp.Minimize(objective), [tie, *fixed]), tolerance):
         return None
-    values = np.array([block.value for block in Z])
-    return values / size, np.asarray(b.value)[0], scale * np.asarray(tie.dual_value)
+    return reference.blocks(weights.value) / size, np.asarray(b.value)[0], scale * np.asarray(tie.dual_value)
 
 
 def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution:
@@ -48,23 +44,31 @@ def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution
 
     The objective is divided by `scale`, and the blocks A_k*(nu) by beta.
     """
-    P, p, q = reference.block_shape
-    n, c = reference.Y.shape
-    nu = cp.Variable((n, c))
-    blocks = [cp.Variable((p, q)) for _ in range(P)]
-    features = reference.features.reshape(n, P, -1)
-    size = _size(features)
-    flat = [cp.reshape(block, (p * q // c, c), order="C") for block in blocks]
-    ties = [features[:, k].T / size @ nu - reference.beta / size * flat[k] == 0 for k in range(P)]
+    nu = cp.Variable(reference.Y.shape)
+    weights, blocks = _variables(reference)
+    size = _size(reference.features)
+    tie = reference.features.T / size @ nu - reference.beta / size * weights == 0
     constraints = [_dual_norm(block, reference.instance.norms) <= 1 for block in blocks]
     centered = [cp.sum(nu, axis=0) == 0] if reference.instance.output_bias else []
     conjugate, domain = _conjugate(reference, nu)
-    program = cp.Problem(cp.Minimize(conjugate / scale), [*ties, *constraints, *centered, *domain])
+    program = cp.Problem(cp.Minimize(conjugate / scale), [tie, *constraints, *centered, *domain])
     if not solve_with_clarabel(program, tolerance):
         return None
-    Z = np.array([-scale / size * tie.dual_value for tie in ties]).reshape(reference.block_shape)
-    intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(c)
+    Z = reference.blocks(-scale / size * np.asarray(tie.dual_value))
+    intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(reference.Y.shape[1])
     return Z, intercept, np.asarray(nu.value)
+
+
+def _variables(reference: Reference) -> tuple[cp.Variable, list[cp.Expression]]:
+    """The weights (F, c) of the features, and the blocks (p, q) that they are."""
+    c = reference.Y.shape[1]
+    weights = cp.Variable((reference.features.shape[1], c))
+    places = reference.blocks(np.arange(weights.size).reshape(weights.shape))
+    rows, columns = np.divmod(places, c)
+    return weights, [
+        cp.reshape(weights[row.ravel(), column.ravel()], row.shape, order="C")
+        for row, column in zip(rows, columns, strict=True)
+    ]
 
 
 def _size(features: np.ndarray) -> float:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cvxnn
+from cvxnn.losses import Huber
+
 __all__ = ["Instance", "random_instance"]
 
 LOSSES = ("squared", "cross_entropy", "huber", "logistic")
@@ -45,6 +48,27 @@ class Instance:
         if self.gates is None:
             return np.ones((len(self.X), 1), dtype=bool)
         return self.X @ self.gates >= 0
+
+    @property
+    def pooled(self) -> np.ndarray:
+        """What gate k sees of sample i, (n, 1, P, d): a CNN has a row for every cell."""
+        return (self.patterns[:, :, None] * self.X[:, None, :])[:, None]
+
+    def problem(self, beta: float) -> cvxnn.Problem:
+        """The problem of cvxnn."""
+        return cvxnn.mlp_problem(
+            self.X,
+            self.Y,
+            activation="linear" if self.gates is None else "gated_relu",
+            gates=self.gates,
+            beta=beta,
+            loss=Huber(self.delta) if self.loss == "huber" else self.loss,
+            reduction=self.reduction,
+            output_bias=self.output_bias,
+            norms=self.norms,
+            sample_weight=self.sample_weight,
+            dtype=self.dtype,
+        )
 
 
 def random_instance(seed: int, index: int, small: bool = False) -> Instance:

@@ -13,12 +13,16 @@ from functools import cached_property
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from tests.soundness.attention_problems import AttentionInstance
+from tests.soundness.cnn_problems import CNNInstance
 from tests.soundness.conic import solve_dual, solve_primal
 from tests.soundness.losses import make_loss
 from tests.soundness.norms import dual_norm, matrix_norm
 from tests.soundness.problems import Instance
 
-__all__ = ["Interval", "Reference"]
+__all__ = ["AnyInstance", "Interval", "Reference"]
+
+AnyInstance = Instance | CNNInstance | AttentionInstance
 
 #: Programs and tolerances of Clarabel, tried in turn until the interval is narrow.
 _ATTEMPTS = (
@@ -53,9 +57,9 @@ class Interval:
 
 
 class Reference:
-    """One problem in NumPy."""
+    """One problem in NumPy: A(Z)_ic = sum_k sum_a <row a of Phi_ik, column c a of Z_k>; a = 1 for the MLP."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: AnyInstance) -> None:
         self.instance = instance
         self.used = instance.weights > 0
         self.w = instance.weights[self.used]
@@ -66,14 +70,25 @@ class Reference:
         self._features = features.astype(np.longdouble)
 
     def make_features(self) -> tuple[tuple[int, int, int], np.ndarray]:
-        """The shape (P, p, q) of Z, and the features (n, P p q / c): predictions are their products with Z (-1, c)."""
-        patterns, X = self.instance.patterns[self.used], self.instance.X[self.used]
-        shape = (patterns.shape[1], X.shape[1], self.Y.shape[1])
-        return shape, (patterns[:, :, None] * X[:, None, :]).reshape(len(self.Y), -1)
+        """The shape (P, p, q) of Z, and the features (n, F): predictions are their products with `weights(Z)`."""
+        pooled = self.instance.pooled[self.used]
+        _, self.cells, n_gates, length = pooled.shape
+        return (n_gates, length, self.Y.shape[1] * self.cells), pooled.reshape(len(self.Y), -1)
+
+    def weights(self, Z: np.ndarray) -> np.ndarray:
+        """Z as the weights (F, c) of the features: the features have the cells first, Z the outputs."""
+        n_gates, length, _ = self.block_shape
+        blocks = Z.reshape(n_gates, length, -1, self.cells)
+        return blocks.transpose(3, 0, 1, 2).reshape(-1, self.Y.shape[1])
+
+    def blocks(self, weights: np.ndarray) -> np.ndarray:
+        """The inverse of `weights`."""
+        n_gates, length, _ = self.block_shape
+        return weights.reshape(self.cells, n_gates, length, -1).transpose(1, 2, 3, 0).reshape(self.block_shape)
 
     def predictions(self, Z: np.ndarray) -> np.ndarray:
         """A(Z) = sum_k D_k X Z_k of the samples with a weight, in extended precision."""
-        return self._features @ np.asarray(Z, np.longdouble).reshape(self._features.shape[1], -1)
+        return self._features @ self.weights(np.asarray(Z, np.longdouble))
 
     def objective(self, Z: np.ndarray, intercept: np.ndarray) -> float:
         """F(A(Z) + 1 b^T) + beta Omega(Z)."""
@@ -82,7 +97,7 @@ class Reference:
 
     def dual_norm(self, nu: np.ndarray) -> float:
         """max_k ||(D_k X)^T nu||_D*."""
-        blocks = (self._features.T @ nu).astype(float).reshape(self.block_shape)
+        blocks = self.blocks((self._features.T @ nu).astype(float))
         return max(dual_norm(block, self.instance.norms) for block in blocks)
 
     def best_intercept(self, Z: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:

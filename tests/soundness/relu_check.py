@@ -16,11 +16,11 @@ import torch
 import cvxnn
 from cvxnn.columns import Columns
 from cvxnn.cones import FEASIBILITY, cones
-from cvxnn.losses import Huber
 from cvxnn.patterns.activation import pack_columns
 from cvxnn.solvers import SOLVERS
 from cvxnn.solvers.base import make_options
 from tests.soundness.check import TOLERANCE, Report, Violation
+from tests.soundness.cnn_relu_problems import CNNReluInstance
 from tests.soundness.relu_audit import check_audit
 from tests.soundness.relu_bounds import check_bounds
 from tests.soundness.relu_points import Points, PointSource
@@ -28,7 +28,7 @@ from tests.soundness.relu_problems import ReluInstance, random_relu_instance
 from tests.soundness.relu_reference import Network, ReluReference
 from tests.soundness.tamper import tampered
 
-__all__ = ["ReluChecker", "check_relu_problem"]
+__all__ = ["ReluChecker", "check_relu_instance", "check_relu_problem"]
 
 _SECONDS = {False: 0.5, True: 0.1}
 _SOLVERS = ("ssnal", "bm_global", "frank_wolfe", "bm_projected_gd", "interior_point")
@@ -43,8 +43,14 @@ def check_relu_problem(
     `tamper` names a deliberate mistake of `tests.soundness.tamper`, made in the package only. For half of the problems
     the caps that only many gates need are used whatever the number of gates.
     """
-    begin = time.perf_counter()
-    instance = random_relu_instance(seed, index, outputs, small)
+    return check_relu_instance(random_relu_instance(seed, index, outputs, small), seed, tamper, small)
+
+
+def check_relu_instance(
+    instance: ReluInstance | CNNReluInstance, seed: int, tamper: str | None = None, small: bool = False
+) -> Report:
+    """Check one ReLU problem, of any architecture; bounds and trained networks are those of perceptrons only."""
+    begin, index = time.perf_counter(), instance.index
     report = Report(index, instance.loss, instance.reduction, instance.output_bias, ("l2", "l2"))
     reference = ReluReference(instance)
     _ = reference.interval
@@ -62,23 +68,13 @@ def check_relu_problem(
 class ReluChecker:
     """One problem, its reference and what was found."""
 
-    def __init__(self, instance: ReluInstance, reference: ReluReference, report: Report, small: bool = False) -> None:
+    def __init__(
+        self, instance: ReluInstance | CNNReluInstance, reference: ReluReference, report: Report, small: bool = False
+    ) -> None:
         self.instance, self.reference, self.report, self.small = instance, reference, report, small
         self.seconds = _SECONDS[small]
         self.source = PointSource(instance, reference)
-        self.problem = cvxnn.mlp_problem(
-            instance.data,
-            instance.Y,
-            activation="relu",
-            gates="enumerate" if instance.gates is None else instance.gates,
-            beta=reference.beta,
-            loss=Huber(instance.delta) if instance.loss == "huber" else instance.loss,
-            reduction=instance.reduction,
-            hidden_bias=instance.hidden_bias,
-            output_bias=instance.output_bias,
-            sample_weight=instance.sample_weight,
-            dtype=instance.dtype,
-        )
+        self.problem = instance.problem(reference.beta)
         assert self.problem.cones is not None
         self.cones = self.problem.cones
 
@@ -102,10 +98,11 @@ class ReluChecker:
             with self.without_errors():
                 for name, network, options in points:
                     self.check_point(name, network, **options)
-        with self.without_errors():
-            check_bounds(self, rng)
-        with self.without_errors():
-            check_audit(self, rng)
+        if isinstance(self.instance, ReluInstance):
+            with self.without_errors():
+                check_bounds(self, rng)
+            with self.without_errors():
+                check_audit(self, rng)
 
     @contextmanager
     def without_errors(self) -> Iterator[None]:
@@ -127,7 +124,7 @@ class ReluChecker:
 
     def check_patterns(self) -> None:
         """Enumerated gates are the cells found here; given ones are active where X g >= 0."""
-        seen = self.problem.patterns.numpy()
+        seen = self.problem.patterns.flatten(0, -2).numpy()
         if self.instance.gates is not None:
             if not np.array_equal(seen, self.reference.patterns.T):
                 self.violated("problem", "patterns are X g >= 0", 1.0)
@@ -145,7 +142,7 @@ class ReluChecker:
             return
         rows = self.instance.X.any(1)
         numbers = {key: k for k, key in enumerate(pack_columns(self.reference.patterns.T[rows]))}
-        keys = pack_columns(self.problem.patterns.numpy()[rows])
+        keys = pack_columns(self.problem.patterns.flatten(0, -2).numpy()[rows])
         self.numbers = np.array([numbers.get(key, -1) for key in keys])
 
     def solvers(self) -> list[str]:

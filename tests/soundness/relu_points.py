@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.soundness.cnn_relu_problems import CNNReluInstance
 from tests.soundness.relu_problems import ReluInstance
 from tests.soundness.relu_reference import Network, ReluReference
 
@@ -19,7 +20,7 @@ Points = Iterator[tuple[str, Network, dict[str, Any]]]
 class PointSource:
     """Networks for one problem."""
 
-    def __init__(self, instance: ReluInstance, reference: ReluReference) -> None:
+    def __init__(self, instance: ReluInstance | CNNReluInstance, reference: ReluReference) -> None:
         self.instance, self.reference = instance, reference
 
     def feasible(self, rng: np.random.Generator) -> Points:
@@ -56,7 +57,7 @@ class PointSource:
 
     def with_duals(self, rng: np.random.Generator) -> Points:
         """The best network with dual points near the optimal one, and random ones."""
-        best, nu = self.best(), self.reference.full(self.reference.interval.nu.astype(float))
+        best, nu = self.best(), self.reference.samples(self.reference.interval.nu.astype(float))
         noise = rng.normal(size=nu.shape)
         noise /= np.linalg.norm(noise)
         for name, dual in {

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import cvxnn
+from cvxnn.losses import Huber
 from tests.soundness.problems import random_targets, random_weights
 
 __all__ = ["ReluInstance", "random_relu_instance"]
@@ -41,6 +43,27 @@ class ReluInstance:
     def X(self) -> np.ndarray:
         """The data as the neurons see them."""
         return np.hstack([self.data, np.ones((len(self.data), 1))]) if self.hidden_bias else self.data
+
+    @property
+    def pool(self) -> np.ndarray:
+        """How the rows make the samples, (n, rows)."""
+        return np.eye(len(self.data))
+
+    def problem(self, beta: float) -> cvxnn.Problem:
+        """The problem of cvxnn."""
+        return cvxnn.mlp_problem(
+            self.data,
+            self.Y,
+            activation="relu",
+            gates="enumerate" if self.gates is None else self.gates,
+            beta=beta,
+            loss=Huber(self.delta) if self.loss == "huber" else self.loss,
+            reduction=self.reduction,
+            hidden_bias=self.hidden_bias,
+            output_bias=self.output_bias,
+            sample_weight=self.sample_weight,
+            dtype=self.dtype,
+        )
 
     @property
     def weights(self) -> np.ndarray:

@@ -23,7 +23,7 @@ Solution = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | N
 def solve_directions(
     reference: ReluReference, gate: np.ndarray, directions: np.ndarray, scale: float, tolerance: float
 ) -> Solution:
-    """minimise F(sum_j D_j X u_j v_j^T + 1 b^T) + beta sum_j ||u_j||, K_j u_j >= 0, for unit v_j (m, c).
+    """minimise F(sum_j P D_j X u_j v_j^T + 1 b^T) + beta sum_j ||u_j||, K_j u_j >= 0, for unit v_j (m, c).
 
     With one output and both signs of v in every cell this is the whole convex program.
     """
@@ -33,8 +33,8 @@ def solve_directions(
     T = cp.Variable(reference.Y.shape)
     b = cp.Variable((1, reference.Y.shape[1]))
     hidden = u @ Z.T
-    active = cp.multiply(patterns[:, reference.used], hidden[:, np.flatnonzero(reference.used)])
-    tie = active.T @ directions + np.ones((len(reference.Y), 1)) @ b - T == 0
+    active = cp.multiply(patterns, hidden)
+    tie = reference.pool @ active.T @ directions + np.ones((len(reference.Y), 1)) @ b - T == 0
     row = np.linalg.norm(Z, axis=1)
     unit = (Z / np.where(row > 0, row, 1)[:, None])[row > 0]
     inside = cp.multiply(2 * patterns[:, row > 0] - 1, u @ unit.T) >= 0

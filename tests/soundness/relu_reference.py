@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from tests.soundness.cnn_relu_problems import CNNReluInstance
 from tests.soundness.losses import make_loss
 from tests.soundness.relu_cells import cell_patterns, low_rank
 from tests.soundness.relu_norms import ConeMaxima, project
@@ -57,7 +58,12 @@ class ReluInterval:
 class ReluReference:
     """One ReLU problem in NumPy; patterns (P, n) where other cones than those of its gates are wanted."""
 
-    def __init__(self, instance: ReluInstance, patterns: np.ndarray | None = None, beta: float | None = None) -> None:
+    def __init__(
+        self,
+        instance: ReluInstance | CNNReluInstance,
+        patterns: np.ndarray | None = None,
+        beta: float | None = None,
+    ) -> None:
         self.instance = instance
         self.X = instance.X
         self.used = instance.weights > 0
@@ -77,7 +83,11 @@ class ReluReference:
         if self.all_neurons:
             self.Z, self.Q = low_rank(self.X)
         self.cones = ConeMaxima(self.Z, self.patterns)
-        norms = np.linalg.norm(self.Z[self.used], axis=1)
+        # Output of a sample: the pooled neurons of its rows, of which a perceptron has one.
+        self.pool = instance.pool[self.used]
+        self._pool = self.pool.astype(np.longdouble)
+        self.seen = self.pool.any(0)
+        norms = np.linalg.norm(self.Z[self.seen], axis=1)
         self.size = float(np.sqrt(np.mean(norms[norms > 0] ** 2))) if norms.any() else 1.0
         self._long = self.X.astype(np.longdouble)
         if beta is not None:
@@ -90,15 +100,19 @@ class ReluReference:
         return np.linalg.norm(rest.astype(float), axis=1) * (1 + 1e-9)
 
     def full(self, nu: np.ndarray) -> np.ndarray:
+        """What a dual point puts on the rows."""
+        return self._pool.T @ nu if nu.dtype == np.longdouble else self.pool.T @ nu
+
+    def samples(self, nu: np.ndarray) -> np.ndarray:
         """A dual point with zeros for the samples of weight 0."""
         rows = np.zeros(self.instance.Y.shape, nu.dtype)
         rows[self.used] = nu
         return rows
 
     def outputs(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """sum_j (X u_j)_+ v_j^T of the samples with a weight, in extended precision."""
-        hidden = np.maximum(self._long[self.used] @ np.asarray(u, np.longdouble).T, 0)
-        return hidden @ np.asarray(v, np.longdouble)
+        """sum_j P (X u_j)_+ v_j^T of the samples with a weight, in extended precision."""
+        hidden = np.maximum(self._long @ np.asarray(u, np.longdouble).T, 0)
+        return self._pool @ hidden @ np.asarray(v, np.longdouble)
 
     def objective(self, network: Network) -> float:
         """Loss plus beta/2 times the squares of the weights."""
@@ -164,7 +178,7 @@ class ReluReference:
     def beta(self) -> float:
         """beta of the problem; 1 where the zero network is optimal for every beta, up to rounding."""
         gradient = self.loss.gradient(np.zeros(self.Y.shape)).astype(float)
-        rounding = 1e-12 * np.linalg.norm(self.X[self.used]) * np.linalg.norm(gradient)
+        rounding = 1e-12 * np.linalg.norm(self.X[self.seen]) * np.linalg.norm(gradient)
         return self.instance.fraction * self.beta_max if self.beta_max > rounding else 1.0
 
     def dual_value(self, candidate: np.ndarray) -> tuple[float, np.ndarray]:

@@ -17,11 +17,11 @@ from cvxnn.cones.caps import bounding_caps
 from cvxnn.cones.projection import Projection
 from cvxnn.losses import LOSSES
 from cvxnn.norms import MatrixNorm
-from cvxnn.operators import MLPOperator
+from cvxnn.operators import CNNOperator, MLPOperator
 
 __all__ = ["RELU_TAMPERINGS", "TAMPERINGS", "tampered"]
 
-TAMPERINGS = ("dual_norm", "intercept")
+TAMPERINGS = ("dual_norm", "intercept", "cnn_pooling")
 RELU_TAMPERINGS = ("witness", "projection", "caps", "feasibility", "cone_model", "one_sign")
 
 
@@ -29,7 +29,8 @@ RELU_TAMPERINGS = ("witness", "projection", "caps", "feasibility", "cone_model",
 def tampered(kind: str | None) -> Iterator[None]:
     """Within it certificates are wrong.
 
-    "dual_norm" is 0.1% small, or 1^T nu = 0 of an "intercept" is forgotten. For ReLU: the upper bound of a dual norm is
+    "dual_norm" is 0.1% small, or 1^T nu = 0 of an "intercept" is forgotten; "cnn_pooling" forgets the last cell of a
+    CNN in the adjoint. For ReLU: the upper bound of a dual norm is
     the value at a "witness", the one from the leading singular vector; the "projection" onto a cone is one sweep over
     its half-spaces; the angles of "caps" are halved; "feasibility" is taken for granted up to 1e-3; the primal value is
     that of the "cone_model" D X u; the maximum of ||G^T u|| is over the "one_sign" u^T G >= 0 only (c = 1).
@@ -41,6 +42,8 @@ def tampered(kind: str | None) -> Iterator[None]:
             for loss in LOSSES.values():
                 stack.enter_context(mock.patch.object(loss, "center_dual", _not_centered))
             stack.enter_context(mock.patch.object(bounds, "intercept_leak", _no_leak))
+        elif kind == "cnn_pooling":
+            stack.enter_context(mock.patch.object(CNNOperator, "adjoint", _without_last_cell(CNNOperator.adjoint)))
         elif kind in ("witness", "one_sign"):
             wrong = _at_witness if kind == "witness" else _one_sign
             stack.enter_context(mock.patch.object(dual_norms, "cone_dual_norms", wrong))
@@ -63,6 +66,15 @@ def _small(dual: Any) -> Any:
         return 0.999 * lower, 0.999 * upper
 
     return tampered_dual
+
+
+def _without_last_cell(adjoint: Any) -> Any:
+    def tampered_adjoint(self: CNNOperator, L: torch.Tensor) -> torch.Tensor:
+        G = adjoint(self, L).clone()
+        G[:, :, self.width - 1 :: self.width] = 0
+        return G
+
+    return tampered_adjoint
 
 
 def _not_centered(self: Any, nu: torch.Tensor, Y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

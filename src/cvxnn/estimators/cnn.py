@@ -166,7 +166,10 @@ def _array(X: Any) -> Any:
     """Tensors and lists as arrays."""
     if isinstance(X, torch.Tensor):
         return X.detach().cpu().numpy()
-    return np.asarray(X) if isinstance(X, (list, tuple)) else X
+    try:
+        return np.asarray(X) if isinstance(X, (list, tuple)) else X
+    except ValueError as error:
+        raise InvalidInputError(f"X cannot be read as images of one size: {error}") from error
 
 
 class ConvexCNNClassifier(ConvexClassifier, ConvexCNN):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprints: list[str]) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not os.fsdecode(path):
+        if not isinstance(path, (str, os.PathLike)) or not os.fsdecode(path) or "\0" in os.fsdecode(path):
             raise InvalidInputError(f"checkpoint is {path!r}; the path of a folder is wanted")
         self.path = Path(os.fsdecode(path))
         self.fingerprints = fingerprints
@@ -47,6 +48,9 @@ class RunFolder:
             raise StorageError(f"cannot write into {self.path}: it is a file; the name of a folder is wanted")
         try:
             self.path.mkdir(exist_ok=True)
+            # Told now, and not after the first epoch.
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
 

@@ -315,7 +315,12 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
     ) -> tuple[RunFolder | None, int]:
         """The folder of checkpoints, and the seed: that of the run that is resumed, where none is given."""
         given = isinstance(self.random_state, (int, np.integer))
-        seed = int(check_random_state(self.random_state).randint(2**31))
+        try:
+            seed = int(check_random_state(self.random_state).randint(2**31))
+        except ValueError as error:
+            raise InvalidInputError(
+                f"random_state is {self.random_state!r}; None, an integer from 0 to 2^32 - 1 or a RandomState is wanted"
+            ) from error
         if self.checkpoint is None:
             return None, seed
         facts = [scale, self.standardize, self.mirror, self.precision, self.maps, sgd, seed if given else None]

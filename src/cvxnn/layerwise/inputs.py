@@ -17,7 +17,10 @@ def read_pixels(X: Any, name: str) -> np.ndarray:
     """Images (n, C, H, W); those without channels get one."""
     shape = getattr(X, "shape", None)
     if shape is None:
-        X = np.asarray(X)
+        try:
+            X = np.asarray(X)
+        except ValueError as error:
+            raise InvalidInputError(f"{name} cannot be read as images of one size: {error}") from error
         shape = X.shape
     if len(shape) == 3:
         X = X[:, None]
