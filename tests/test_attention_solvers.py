@@ -46,6 +46,16 @@ def test_descent_on_the_factors_is_certified(name, activation, output):
     assert best * (1 - 1e-8) <= result.objective <= best * (1 + TOL)
 
 
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("local", ["newton", "newton_cg", "lbfgs"])
+def test_every_local_method_of_bm_global(local, loss):
+    problem, _ = small("gated_relu", "mean", loss)
+    best = cvxnn.solve(problem, "interior_point", tol=1e-8).objective
+    result = cvxnn.solve(problem, "bm_global", tol=TOL, solver_options={"local": local})
+    assert result.status == "certified"
+    assert result.objective <= best * (1 + TOL)
+
+
 @pytest.mark.parametrize("output", ["mean", "tokens"])
 def test_stochastic_descent_on_rows(output):
     problem, _ = small("gated_relu", output)
