@@ -24,6 +24,7 @@ SOLVERS = {
     "admm": {"max_iter": 25, "solver_options": {"side": "features"}},
     "fista": {"max_iter": 20},
     "bm_gd": {"max_iter": 30},
+    "bm_noisy_gd": {"max_iter": 10},
     "bm_sgd": {"max_iter": 3, "solver_options": {"batch_size": 32}},
     "bm_lbfgs": {"max_iter": 2, "solver_options": {"inner_iter": 15}},
 }

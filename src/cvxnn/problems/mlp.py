@@ -31,13 +31,13 @@ def _without_copy(data: np.ndarray) -> torch.Tensor:
 
 def _check_memory(X: Any, task: Task, n_gates: int) -> None:
     """Copies of X in float64, with the column of ones, and in the type of the problem; patterns of a byte."""
-    shape = getattr(X, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(X, "shape", ()))
     if len(shape) != 2:
         return
     double = str(getattr(X, "dtype", "")).endswith("float64")
     per_row = shape[1] * (8 * ((not double) + task.hidden_bias) + task.dtype.itemsize) + n_gates
     advice = "X as a numpy.memmap or a RowSource is read in passes"
-    check_memory(shape[0] * per_row, torch.device("cpu"), f"a problem with X of shape {tuple(shape)}", advice)
+    check_memory(shape[0] * per_row, torch.device("cpu"), f"a problem with X of shape {shape}", advice)
 
 
 def mlp_problem(
