@@ -3,13 +3,15 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 JOBS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check soundness bench growth clean
+.PHONY: help venv demo test check soundness bench bench-full speed growth clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 venv: $(STAMP) ## make the virtual environment
 
@@ -37,7 +39,17 @@ soundness: $(STAMP) ## the full soundness run: 300 random problems against indep
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --architecture attention --problems 300 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --activation relu --outputs vector --problems 60 --jobs $(JOBS)
 
-bench: $(STAMP) ## speed on the digits, with the machine's matrix rate
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	@touch $@
+
+bench: $(PEERS) ## side by side with other packages, a small set, in results/comparison/
+	$(ONE_THREAD) $(BIN)/python benchmarks/comparison/run.py small --out results/comparison
+
+bench-full: $(PEERS) ## the same on all data sets; Fashion-MNIST from the folder CVXNN_DATA_DIR
+	$(ONE_THREAD) $(BIN)/python benchmarks/comparison/run.py full --out results/comparison
+
+speed: $(STAMP) ## speed on the digits, with the machine's matrix rate
 	$(BIN)/python benchmarks/speed.py
 
 growth: $(STAMP) ## time and memory against n, P and c
