@@ -159,7 +159,7 @@ BAD = {
     "overflow": ({"tokens": np.full((4, 3, 2), 1e80)}, "overflow"),
     "underflow": ({"tokens": np.full((4, 3, 2), 1e-80)}, "underflow"),
     "mask shape": ({"mask": np.ones((3, 4), dtype=bool)}, r"mask has shape \(3, 4\)"),
-    "mask type": ({"mask": np.ones((4, 3))}, "mask has type float64"),
+    "mask type": ({"mask": np.full((4, 3), 0.5)}, "mask has type float64"),
     "mask leaves nothing": ({"mask": np.eye(4, 3) > 0}, "mask leaves sequence 3 without a valid token"),
     "few targets": ({"Y": np.ones(3)}, "Y has 3 entries"),
     "one class": ({"Y": np.ones(4, dtype=int)}, "only one class"),
@@ -185,10 +185,12 @@ def test_bad_input_is_named(case):
         cvxnn.attention_problem(arguments.pop("tokens"), arguments.pop("Y"), **arguments)
 
 
-def test_an_ambiguous_mask_is_refused():
+def test_an_ambiguous_mask_is_of_tokens_with_a_warning():
     X, y, mask = np.ones((3, 3, 1)), np.arange(3.0), np.tril(np.ones((3, 3), dtype=bool))
-    with pytest.raises(InvalidInputError, match="as many sequences as tokens"):
-        cvxnn.attention_problem(X, y, mask=mask)
+    with pytest.warns(UserWarning, match="as many sequences as tokens"):
+        problem = cvxnn.attention_problem(X, y, activation="linear", mask=mask)
+    # Every one of the valid tokens sees all of them, 1, 2 and 3.
+    assert problem.operator.apply(torch.ones(1, 1, 1, dtype=torch.float64))[:, 0].tolist() == pytest.approx([1, 2, 3])
     for explicit in (mask[None], np.tile(mask, (3, 1, 1))):
         problem = cvxnn.attention_problem(X, y, activation="linear", mask=explicit)
         # The mean of 1, 2 and 3 keys.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +84,15 @@ def read_mask(mask: Any, n: int, s: int) -> TokenMask:
         return TokenMask(torch.ones(n, s, dtype=torch.bool))
     array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
     wanted = f"({n}, {s}), ({s}, {s}) or ({n}, {s}, {s})"
+    if array.dtype != np.bool_ and np.issubdtype(array.dtype, np.number) and np.isin(array, (0, 1)).all():
+        array = array.astype(bool)
     if array.dtype != np.bool_:
         raise InvalidInputError(f"mask has type {array.dtype}; bool, True where a token counts, is wanted")
-    if array.shape == (n, s) == (s, s):
-        raise InvalidInputError(
-            f"mask has shape {array.shape}, and there are as many sequences as tokens, so that it may say which tokens "
-            f"are valid or which see which; shape ({n}, {s}, {s}) is wanted"
+    if array.shape == (n, s) == (s, s) and array.diagonal().all() and not array.all():
+        warnings.warn(
+            f"mask has shape {array.shape}, and there are as many sequences as tokens; it is taken to say which tokens "
+            f"are valid; for which tokens see which, give it the shape (1, {s}, {s})",
+            stacklevel=4,
         )
     if array.shape == (n, s):
         return TokenMask(torch.from_numpy(array.copy()))

@@ -63,9 +63,8 @@ def attention_problem(
     output : {"mean", "tokens"}
         Predictions of a sequence are the mean over its valid tokens, or there are c for every valid token.
     mask : array-like of bool, shape (n, s), (s, s) or (n, s, s), optional
-        (n, s): which tokens are valid; the others are padding. (s, s) or (n, s, s): which token (row) sees which
-        (column); a token that neither sees nor is seen is padding. With as many sequences as tokens a mask of two
-        dimensions would be ambiguous, and is refused.
+        (n, s): which tokens are valid; the others are padding. (1, s, s), (n, s, s), or (s, s) where n is not s: which
+        token (row) sees which (column); a token that neither sees nor is seen is padding.
     gates : array-like of shape (P, d, d), "enumerate" or None
         Matrices H_k, kept in order and number. "enumerate" takes one for every open cell of the arrangement of all
         pairs of tokens that see one another, in dimension d^2 (small rank only); None draws `n_gates`.
