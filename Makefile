@@ -33,11 +33,13 @@ check: $(STAMP) ## lint, format, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soundness: $(STAMP) ## the full soundness run: 300 random problems against independent bounds
+soundness: $(STAMP) ## the full soundness run: 840 random problems against independent bounds
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --problems 300 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --activation relu --problems 300 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --architecture attention --problems 300 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --activation relu --outputs vector --problems 60 --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --architecture cnn --problems 60 --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --architecture cnn --activation relu --problems 120 --jobs $(JOBS)
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'

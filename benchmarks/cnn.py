@@ -2,7 +2,8 @@
 
 epoch:  one epoch of stochastic gradients on the Burer-Monteiro factors of stage 1 (CIFAR-10, P = 256, 3x3, padding 1,
         2 x 2 pooling, m = 1, batches of 128, no augmentation): from pooled patches Phi, formed once, beside batched
-        convolution: ours, and torch's conv2d with autograd, gates recomputed or kept as bits.
+        convolution: ours, and torch's conv2d with autograd, gates recomputed or kept as bits. "layerwise SGD" is an
+        epoch as the classifier trains it, the others are the gradients alone.
 passes: one application and one adjoint of a stage, from kept and from recomputed Phi.
 
 Without the data set the images are random; the time does not depend on their values.
@@ -28,6 +29,9 @@ from cvxnn.columns import Columns
 from cvxnn.errors import CvxnnError
 from cvxnn.factored import FactoredLoss
 from cvxnn.images import load_images
+from cvxnn.layerwise.features import ConvolvedFeatures, PooledFeatures
+from cvxnn.layerwise.options import read_sgd, read_stages
+from cvxnn.layerwise.training import Sgd, first_factors
 from machine import describe, matrix_rate
 
 BATCH = 128
@@ -81,6 +85,14 @@ def factor_epoch(problem: cvxnn.Problem, order: torch.Tensor) -> Callable[[], No
     return epoch
 
 
+def sgd_epoch(problem: cvxnn.Problem, pooled: bool) -> Callable[[], Any]:
+    """An epoch of training as `LayerwiseCNNClassifier` does it: order, gradients, momentum, loss and accuracy."""
+    op: Any = problem.operator
+    params = cvxnn.LayerwiseCNNClassifier(1, batch_size=BATCH).get_params(deep=False)
+    features = PooledFeatures(op) if pooled else ConvolvedFeatures(op)
+    return Sgd(problem, features, first_factors(problem, 1, 0), read_stages(params)[0], read_sgd(params), 0).run_epoch
+
+
 def conv2d_epoch(problem: cvxnn.Problem, labels: np.ndarray, order: torch.Tensor, bits: bool) -> Callable[[], None]:
     """Gradients of all batches with torch's convolution and autograd."""
     op: Any = problem.operator
@@ -123,8 +135,10 @@ def epoch_rows(images: np.ndarray, labels: np.ndarray, repeats: int) -> list[dic
     begin = time.perf_counter()
     cached.operator.features(slice(0, 1))  # forms Phi
     once = time.perf_counter() - begin
-    ways: dict[str, Callable[[], None]] = {
-        "from Phi": factor_epoch(cached, order),
+    ways: dict[str, Callable[[], Any]] = {
+        "layerwise SGD, from Phi": sgd_epoch(cached, True),
+        "layerwise SGD, by convolution": sgd_epoch(recomputed, False),
+        "gradients alone, from Phi": factor_epoch(cached, order),
         "convolution, patches times filters": factor_epoch(recomputed, order),
         "convolution, torch conv2d, gates recomputed": conv2d_epoch(recomputed, labels, order, False),
         "convolution, torch conv2d, gates as bits": conv2d_epoch(recomputed, labels, order, True),
