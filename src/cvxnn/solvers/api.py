@@ -22,6 +22,7 @@ from cvxnn.solvers.frank_wolfe import FrankWolfe
 from cvxnn.solvers.interior_point import InteriorPoint
 from cvxnn.solvers.result import Result
 from cvxnn.solvers.ssnal import Ssnal
+from cvxnn.solvers.working_set import WorkingSet
 from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
@@ -30,6 +31,7 @@ SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
     for solver in (
         Admm,
+        WorkingSet,
         Fista,
         FrankWolfe,
         InteriorPoint,
