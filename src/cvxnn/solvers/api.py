@@ -81,8 +81,8 @@ def solve(
     Parameters
     ----------
     problem : Problem
-    solver : {"auto", "admm", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", "bm_noisy_gd", \
-            "bm_precgd", "bm_lbfgs", "bm_global"}
+    solver : {"auto", "admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", \
+            "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
         "auto" takes ADMM where its factorisation fits in memory, otherwise FISTA; Frank-Wolfe for norms
         without a prox.
     rank : int, optional

@@ -22,6 +22,8 @@ _FIRST_GAP = 1e-1
 _SHARE = 0.1
 #: Steps between two looks at the gap of a round.
 _LOOK_EVERY = 5
+#: Steps after which the whole problem is certified all the same: for the trace, callbacks and stalled runs.
+_CERTIFY_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class WorkingSet(Solver):
         if point is not None:
             first = max(first, int((point.blocks().abs().amax((1, 2)) > 0).sum()))
         self.gates = norms.topk(first).indices.sort().values
-        self.steps, self.level = 0, _FIRST_GAP
+        self.steps, self.certified_at, self.level = 0, 0, _FIRST_GAP
         self.gap = math.inf
         self.priced: Iterate | None = None
         self._begin_round(None if point is None else self._restricted(point), rho=None)
@@ -115,17 +117,24 @@ class WorkingSet(Solver):
             self.gap = gap
             self.priced = Iterate(self._embedded(point.blocks()), dual=nu)
         self.level = max(self.tol / 4, min(_SHARE * gap, self.level))
-        violated = bound.norms_upper.clone()
-        violated[self.gates] = 0.0
-        limit = self.options.new_gates or len(self.gates)
-        worst = violated.topk(min(limit, self.problem.n_gates))
-        joining = worst.indices[worst.values > self.problem.beta]
+        joining = self._violated(bound.norms_upper)
         if gap <= self.tol or len(joining) == 0:
-            self.level = max(self.tol / 4, _SHARE * self.level) if len(joining) == 0 else self.level
             return
         whole = self._embedded(point.blocks())
         self.gates = torch.cat([self.gates, joining]).sort().values
         self._begin_round(self._restricted(Iterate(whole, dual=nu)), rho=self.inner.rho)
+
+    def _violated(self, norms: torch.Tensor) -> torch.Tensor:
+        """The worst gates outside of the set: those that hold the bound below that of the round.
+
+        A round that is not solved has dual norms above beta itself; what is below its largest one costs nothing yet.
+        """
+        level = max(self.problem.beta, float(norms[self.gates].max()))
+        outside = norms.clone()
+        outside[self.gates] = 0.0
+        limit = self.options.new_gates or len(self.gates)
+        worst = outside.topk(min(limit, self.problem.n_gates))
+        return worst.indices[worst.values > level]
 
     def _embedded(self, blocks: torch.Tensor) -> torch.Tensor:
         """Blocks of all gates, zero outside of the set."""
@@ -134,10 +143,12 @@ class WorkingSet(Solver):
         return whole
 
     def estimated_gap(self) -> float | None:
-        """The gap over all gates that the last pricing has found."""
-        return self.gap
+        """The gap over all gates that the best pricing has found; None where a certificate is due for the trace."""
+        due = self.gap > self.tol and self.steps - self.certified_at >= _CERTIFY_EVERY
+        return None if due else self.gap
 
     def iterate(self) -> Iterate:
+        self.certified_at = self.steps
         if self.priced is not None and self.gap <= self.tol:
             return self.priced
         point = self.inner.iterate()
@@ -148,7 +159,7 @@ class WorkingSet(Solver):
 
     def state(self) -> dict[str, Any]:
         inner = {f"inner.{name}": value for name, value in self.inner.state().items()}
-        return {**inner, "gates": self.gates, "steps": self.steps, "level": self.level, "gap": self.gap}
+        return {**inner, "gates": self.gates, "steps": self.steps, "level": self.level}
 
     def load_state(self, state: dict[str, Any]) -> None:
         prefix = "inner."
@@ -156,6 +167,6 @@ class WorkingSet(Solver):
             if not name.startswith(prefix):
                 setattr(self, name, value)
         # The point of the best pricing is not kept: it is found again.
-        self.priced, self.gap = None, math.inf
+        self.priced, self.gap, self.certified_at = None, math.inf, self.steps
         self._begin_round(None, rho=state[prefix + "rho"])
         self.inner.load_state({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
