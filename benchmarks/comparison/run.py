@@ -1,4 +1,4 @@
-"""Runs the comparison: `python benchmarks/comparison/run.py {small,full,clarabel} [--out DIR]`.
+"""Runs the comparison: `python benchmarks/comparison/run.py {small,full,clarabel} [--out DIR]`, the rest to benchopt.
 
 Nothing is read from the cache of benchopt, as results of another version would be. Writes NAME.csv, a row per run of
 a solver, and NAME.png; `table.py` makes the tables from the CSV.

@@ -147,6 +147,15 @@ class Problem:
         other.beta = check_positive(beta, "beta")
         return other
 
+    def with_gates(self, gates: torch.Tensor) -> Problem:
+        """The problem with some of the gates only, (r,) indices; its optimum is no lower than that of all gates."""
+        other = copy.copy(self)
+        other.operator = self.operator.select(gates)
+        other.scope = "given_gates"
+        for cached in ("cones", "beta_max"):
+            other.__dict__.pop(cached, None)
+        return other
+
     def with_scope(self, scope: str) -> Problem:
         """The same problem; its certificates name another scope, which must be no wider than what is proven."""
         other = copy.copy(self)

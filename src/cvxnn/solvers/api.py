@@ -24,6 +24,7 @@ from cvxnn.solvers.interior_point import InteriorPoint
 from cvxnn.solvers.memory import check_solver_memory
 from cvxnn.solvers.result import Result
 from cvxnn.solvers.ssnal import Ssnal
+from cvxnn.solvers.working_set import WorkingSet
 from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
@@ -32,6 +33,7 @@ SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
     for solver in (
         Admm,
+        WorkingSet,
         Fista,
         FrankWolfe,
         InteriorPoint,
@@ -81,8 +83,8 @@ def solve(
     Parameters
     ----------
     problem : Problem
-    solver : {"auto", "admm", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", "bm_noisy_gd", \
-            "bm_precgd", "bm_lbfgs", "bm_global"}
+    solver : {"auto", "admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", \
+            "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
         "auto" takes ADMM where its factorisation fits in memory, otherwise FISTA; Frank-Wolfe for norms
         without a prox.
     rank : int, optional
