@@ -4,7 +4,14 @@ from cvxnn._version import __version__
 from cvxnn.audit import NetworkReport, Witness, certify_network
 from cvxnn.certificates import Certificate, certify
 from cvxnn.diagnosis import Diagnosis, diagnose
-from cvxnn.estimators import ConvexCNNClassifier, ConvexCNNRegressor, ConvexMLPClassifier, ConvexMLPRegressor
+from cvxnn.estimators import (
+    ConvexAttentionClassifier,
+    ConvexAttentionRegressor,
+    ConvexCNNClassifier,
+    ConvexCNNRegressor,
+    ConvexMLPClassifier,
+    ConvexMLPRegressor,
+)
 from cvxnn.layerwise import LayerwiseCNNClassifier
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
 from cvxnn.onnx_export import export_onnx
@@ -18,6 +25,8 @@ from cvxnn.storage import load, save
 
 __all__ = [
     "Certificate",
+    "ConvexAttentionClassifier",
+    "ConvexAttentionRegressor",
     "ConvexCNNClassifier",
     "ConvexCNNRegressor",
     "ConvexMLPClassifier",

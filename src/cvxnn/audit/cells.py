@@ -33,7 +33,7 @@ def live_point(task: Task, point: Point) -> Point:
     """
     columns = point.columns.balanced().without_zeros()
     if len(columns):
-        columns = columns[task.hidden(columns).any(dim=0)]
+        columns = columns[task.live(columns)]
     live = Point(columns, point.bias)
     value = task.value(live).objective
     faded = task.beta * columns.sizes() <= _FADED * value

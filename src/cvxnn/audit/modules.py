@@ -14,12 +14,12 @@ from cvxnn.audit.weights import TrainedNetwork, as_weights, from_arrays, place_w
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.networks import TwoLayerNetwork
 
-__all__ = ["from_module"]
+__all__ = ["PROBES", "from_module", "module_outputs"]
 
 #: Largest difference of outputs, relative to their size, that counts as rounding: in float64 and in float32.
 _TOLERANCE, _SINGLE_TOLERANCE = 1e-9, 1e-3
 #: Multiples of the data on which outputs are compared.
-_PROBES = (1.0, -1.0, 1e3, -1e3)
+PROBES = (1.0, -1.0, 1e3, -1e3)
 _ACTIVATIONS = ("relu", "linear")
 
 
@@ -132,7 +132,7 @@ def _matching(
 
     On the data alone ReLU and no activation can agree: where all neurons are active.
     """
-    cases = [(factor * X, *_outputs(module, factor * inputs)) for factor in _PROBES]
+    cases = [(factor * X, *module_outputs(module, factor * inputs)) for factor in PROBES]
     worst = []
     for network in networks:
         off = max(_difference(network, *case) for case in cases)
@@ -171,7 +171,7 @@ def _size(network: TrainedNetwork, X: torch.Tensor) -> float:
     return float((hidden @ network.output.abs()).max()) if len(hidden) else 0.0
 
 
-def _outputs(module: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, float]:
+def module_outputs(module: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Outputs in evaluation mode in float64, or in the module's own type where it insists on that."""
     try:
         twin = copy.deepcopy(module).cpu().eval()

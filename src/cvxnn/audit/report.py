@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import skip_init
 
 from cvxnn.audit.bounding import Scope, choose_scopes, raised, scope_certificate
 from cvxnn.audit.cells import live_point
@@ -19,7 +17,6 @@ from cvxnn.audit.task import Point, Task
 from cvxnn.audit.text import summary_text
 from cvxnn.audit.witness import Witness, find_witness
 from cvxnn.certificates import Certificate
-from cvxnn.networks import TwoLayerNetwork
 from cvxnn.validation import check_positive
 
 __all__ = ["NetworkReport", "audit"]
@@ -34,6 +31,8 @@ class NetworkReport:
 
     Attributes
     ----------
+    architecture : {"mlp", "attention"}
+        For attention neurons are heads, samples sequences, and features those of a token.
     activation : {"relu", "linear", "gated_relu"}
     source : str
         What the network was read from.
@@ -64,6 +63,7 @@ class NetworkReport:
     seconds : float
     """
 
+    architecture: str
     activation: str
     source: str
     n_samples: int
@@ -156,28 +156,10 @@ class NetworkReport:
         -------
         torch.nn.Module
             ``Sequential(Linear, ReLU, Linear)``, without the activation for a linear network, and a
-            :class:`cvxnn.networks.TwoLayerNetwork` for a gated one.
+            :class:`cvxnn.networks.TwoLayerNetwork` for a gated one; for attention a
+            :class:`cvxnn.networks.AttentionNetwork`.
         """
-        task, point = self._task, self._point
-        u, v = point.columns.u.to(dtype), point.columns.v.to(dtype)
-        if task.gates is not None:
-            gates, index = task.gates.clone(), point.columns.gate.clone()
-            return TwoLayerNetwork(u.T, v, point.bias.to(dtype), gates, index, task.hidden_bias, task.X.dtype)
-        n_features = u.shape[1] - task.hidden_bias
-        with warnings.catch_warnings():
-            # torch warns of layers without neurons.
-            warnings.simplefilter("ignore", UserWarning)
-            first = skip_init(nn.Linear, n_features, len(u), bias=task.hidden_bias, dtype=dtype)
-            second = skip_init(nn.Linear, len(u), v.shape[1], bias=task.output_bias, dtype=dtype)
-        with torch.no_grad():
-            first.weight.copy_(u[:, :n_features])
-            second.weight.copy_(v.T)
-            if task.hidden_bias:
-                first.bias.copy_(u[:, -1])
-            if task.output_bias:
-                second.bias.copy_(point.bias)
-        layers = [first, nn.ReLU(), second] if task.activation == "relu" else [first, second]
-        return nn.Sequential(*layers)
+        return self._task.module(self._point, dtype)
 
     def summary(self) -> str:
         """The report in words and an aligned table, at most 30 lines."""
@@ -238,11 +220,12 @@ def audit(
     certificates = _certificates(task, scopes, point, findings, request["bound_time"])
     narrow = next(iter(certificates.values()))
     return NetworkReport(
+        architecture=task.architecture,
         activation=task.activation,
         source=source,
         n_samples=len(task.X),
-        n_features=task.X.shape[1] - task.hidden_bias,
-        n_outputs=task.Y.shape[1],
+        n_features=task.n_features,
+        n_outputs=task.n_outputs,
         n_neurons=len(given),
         n_dead=len(given) - len(live),
         n_patterns=_n_patterns(task, scopes, point),

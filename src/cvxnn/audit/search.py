@@ -13,7 +13,7 @@ from cvxnn.audit.cells import live_point, neuron_bits, place
 from cvxnn.audit.descent import descend
 from cvxnn.audit.task import Point, Task
 from cvxnn.cone_witness import best_step
-from cvxnn.networks import TwoLayerNetwork
+from cvxnn.networks import AttentionNetwork, TwoLayerNetwork
 from cvxnn.neurons import distinct_neurons
 from cvxnn.patterns import deduplicate_gates
 from cvxnn.problem import Problem
@@ -96,7 +96,7 @@ def _solve(findings: Findings, problem: Problem, start: Point, tol: float, time_
     result = solve(problem, tol=tol, time_limit=max(time_limit, 1e-3), init=init, random_state=0)
     findings.remember(result.dual)
     network = result.network(dtype=torch.float64)
-    assert isinstance(network, TwoLayerNetwork)
+    assert isinstance(network, (TwoLayerNetwork, AttentionNetwork))
     findings.offer(task.point_of(network))
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.utils import skip_init
 
 from cvxnn.audit.weights import TrainedNetwork
 from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError, UnsupportedError
-from cvxnn.networks import TwoLayerNetwork
+from cvxnn.networks import AttentionNetwork, TwoLayerNetwork
 from cvxnn.patterns import activation_patterns
 from cvxnn.problem import Problem
 from cvxnn.problems import mlp_problem
@@ -85,6 +88,18 @@ class Task:
     n_own_gates: int = 0
     gates_scope: str = "given_gates"
 
+    architecture: ClassVar[str] = "mlp"
+
+    @property
+    def n_features(self) -> int:
+        """Features of a sample (of a token), without a hidden bias."""
+        return self.X.shape[-1] - self.hidden_bias
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs c."""
+        return self.Y.shape[-1]
+
     @cached_property
     def base(self) -> Problem:
         """The linear problem of the same data, for what does not depend on the activation."""
@@ -124,7 +139,7 @@ class Task:
         return torch.from_numpy(activation_patterns(self.X.numpy(), self.gates.numpy()))
 
     def hidden(self, columns: Columns) -> torch.Tensor:
-        """Activations (n, m)."""
+        """Hidden outputs (n, m w), those of a neuron side by side; w is 1, and d for the heads of attention."""
         values = self.X @ columns.u.T
         if self.activation == "relu":
             return values.clamp_min(0)
@@ -132,7 +147,15 @@ class Task:
 
     def outputs(self, point: Point) -> torch.Tensor:
         """Predictions (n, c)."""
-        return self.hidden(point.columns) @ point.columns.v + point.bias
+        return self.hidden(point.columns) @ self.split_right(point.columns.v) + point.bias
+
+    def split_right(self, v: torch.Tensor) -> torch.Tensor:
+        """v of neurons as the weights (m w, c) of their hidden outputs."""
+        return self.base.operator.split_right(v)
+
+    def live(self, columns: Columns) -> torch.Tensor:
+        """Whether each neuron does anything on the data, (m,) bool."""
+        return self.hidden(columns).any(dim=0).view(len(columns), -1).any(dim=1)
 
     def loss_value(self, outputs: torch.Tensor) -> float:
         """F."""
@@ -158,7 +181,7 @@ class Task:
         """The point with the output bias that is best for its neurons, if that is better than its own."""
         if not self.output_bias:
             return point
-        outputs = self.hidden(point.columns) @ point.columns.v
+        outputs = self.outputs(dataclasses.replace(point, bias=torch.zeros_like(point.bias)))
         bias = self._penalised_bias(outputs) if self.penalised_bias else self.base.best_intercept(outputs)
         other = dataclasses.replace(point, bias=bias)
         return other if self.value(other).objective < self.value(point).objective else point
@@ -179,7 +202,32 @@ class Task:
                 break
         return bias
 
-    def point_of(self, network: TwoLayerNetwork) -> Point:
+    def weights_of(self, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+        """The weights of the two sides of a neuron as users know them, and its hidden bias."""
+        return u[: self.n_features].clone(), v, float(u[-1]) if self.hidden_bias else None
+
+    def module(self, point: Point, dtype: torch.dtype) -> nn.Module:
+        """The network of a point: linear layers of torch where there are no gates."""
+        u, v = point.columns.u.to(dtype), point.columns.v.to(dtype)
+        if self.gates is not None:
+            gates, index = self.gates.clone(), point.columns.gate.clone()
+            return TwoLayerNetwork(u.T, v, point.bias.to(dtype), gates, index, self.hidden_bias, self.X.dtype)
+        with warnings.catch_warnings():
+            # torch warns of layers without neurons.
+            warnings.simplefilter("ignore", UserWarning)
+            first = skip_init(nn.Linear, self.n_features, len(u), bias=self.hidden_bias, dtype=dtype)
+            second = skip_init(nn.Linear, len(u), v.shape[1], bias=self.output_bias, dtype=dtype)
+        with torch.no_grad():
+            first.weight.copy_(u[:, : self.n_features])
+            second.weight.copy_(v.T)
+            if self.hidden_bias:
+                first.bias.copy_(u[:, -1])
+            if self.output_bias:
+                second.bias.copy_(point.bias)
+        layers = [first, nn.ReLU(), second] if self.activation == "relu" else [first, second]
+        return nn.Sequential(*layers)
+
+    def point_of(self, network: TwoLayerNetwork | AttentionNetwork) -> Point:
         """Neurons of a network that a solver returned."""
         index = network.gate_index
         gate = torch.zeros(network.hidden.shape[1], dtype=torch.long) if index is None else index
@@ -241,7 +289,7 @@ def first_point(task: Task, network: TrainedNetwork) -> Point:
         u = torch.cat([u, network.hidden_bias.unsqueeze(1)], dim=1)
     gate = torch.zeros(len(u), dtype=torch.long) if network.gate_index is None else network.gate_index
     bias = network.output_bias
-    zero = network.output.new_zeros(network.output.shape[1])
+    zero = network.output.new_zeros(task.n_outputs)
     point = Point(Columns(gate, u, network.output), zero if bias is None or not task.output_bias else bias)
     if not np.isfinite(task.value(point).objective):
         raise InvalidInputError("module has weights whose objective overflows; smaller weights are wanted")

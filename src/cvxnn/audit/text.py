@@ -19,17 +19,22 @@ _AMONG = {
     "all_gates": "gated networks with gates from every cell of the data",
     "relu_network": "two-layer ReLU networks of any width",
 }
+#: What samples, neurons and the networks of a scope are called.
+_NAMES = {"mlp": ("samples", "neuron"), "attention": ("sequences", "head")}
+_AMONG_HEADS = {"linear_network": "blocks of linear attention with any number of heads"}
 
 
 def summary_text(report: NetworkReport) -> str:
     """At most 30 lines."""
+    samples, neuron = _NAMES[report.architecture]
+    patterns = f"; {report.n_patterns} patterns" if report.architecture == "mlp" else ""
     dead = f", {report.n_dead} of them dead on these data" if report.n_dead else ""
     rows = [
         (
             "network",
-            f"{report.activation}, {report.n_neurons} neurons{dead}; {report.n_patterns} patterns ({report.source})",
+            f"{report.activation}, {report.n_neurons} {neuron}s{dead}{patterns} ({report.source})",
         ),
-        ("data", f"{report.n_samples} samples, {report.n_features} features, {report.n_outputs} outputs"),
+        ("data", f"{report.n_samples} {samples}, {report.n_features} features, {report.n_outputs} outputs"),
         ("objective", f"{report.loss} loss ({report.reduction}), beta {report.beta:.4g}"),
         ("  as trained", f"{report.objective:.8g}   (loss {report.loss_value:.8g})"),
         ("  balanced", f"{report.balanced_objective:.8g}"),
@@ -54,7 +59,8 @@ def _table(report: NetworkReport) -> list[str]:
 
 def _verdicts(report: NetworkReport) -> list[str]:
     found = report.certificate
-    among = _AMONG.get(found.scope, found.scope)
+    samples, neuron = _NAMES[report.architecture]
+    among = (_AMONG if report.architecture == "mlp" else _AMONG_HEADS).get(found.scope, found.scope)
     if found.lower_bound <= 0 < found.primal:
         lines = ["Nothing is proven about this network: all lower bounds are zero."]
     elif found.at_rounding:
@@ -71,7 +77,7 @@ def _verdicts(report: NetworkReport) -> list[str]:
     witness = report.witness
     if witness is not None:
         lines.append(
-            f"Witness: a neuron active on {witness.n_active} samples has slope {witness.ratio:.4g} beta; adding it "
+            f"Witness: a {neuron} active on {witness.n_active} {samples} has slope {witness.ratio:.4g} beta; adding it "
             f"lowers the objective by {witness.decrease:.3g}."
         )
     return lines

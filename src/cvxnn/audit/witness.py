@@ -27,14 +27,15 @@ class Witness:
     Attributes
     ----------
     u : torch.Tensor of shape (d,)
-        Weights of the features.
+        Weights of the features; for a head of attention its matrix W1, (d, d).
     bias : float or None
         Hidden bias, where the network has one; ||(u, bias)|| = 1.
     v : torch.Tensor of shape (c,)
+        For a head its matrix W2, (d, c).
     ratio : float
         ||G^T u|| / beta, G the gradient of the loss in the cell of u; above 1 the neuron lowers the objective.
     n_active : int
-        Samples that it is active on.
+        Samples that it is active on; rows of the predictions for attention.
     step : float
         The neuron is added as (sqrt(step) u, sqrt(step) v); the best step along it.
     decrease : float
@@ -96,7 +97,7 @@ def _steepest(task: Task, problem: Problem | None, point: Point, nu: torch.Tenso
     if problem.cones is not None:
         return 0, worst_neuron(problem, nu).u[0]
     op = problem.operator.double()
-    best, gate, u = -1.0, 0, task.X.new_zeros(task.X.shape[1])
+    best, gate, u = -1.0, 0, task.X.new_zeros(op.block_shape[1])
     for gates in op.gate_batches():
         left, values, _ = torch.linalg.svd(op.adjoint_blocks(nu, gates), full_matrices=False)
         k = int(values[:, 0].argmax())
@@ -112,25 +113,25 @@ def _added(
     if size == 0:
         return None
     u = u / size
-    single = point.with_neuron(gate, u, nu.new_zeros(nu.shape[1])).columns[torch.tensor([len(point)])]
-    hidden = task.hidden(single)
-    slope = (hidden.T @ nu)[0]
+    blank = nu.new_zeros(task.base.operator.block_shape[2])
+    hidden = task.hidden(point.with_neuron(gate, u, blank).columns[torch.tensor([len(point)])])
+    slope = task.base.operator.merge_right(hidden.T @ nu)[0]
     steepness = float(torch.linalg.vector_norm(slope))
     if not steepness > task.beta * (1 + _ROUNDING):
         return None
     v = -slope / steepness
-    step = best_step(task.base, outputs, hidden * v)
+    step = best_step(task.base, outputs, hidden @ task.split_right(v.unsqueeze(0)))
     root = math.sqrt(step)
     before, after = task.value(point).objective, task.value(point.with_neuron(gate, root * u, root * v)).objective
     if not before - after > _ROUNDING * abs(before):
         return None
-    n_features = len(u) - task.hidden_bias
+    left, right, bias = task.weights_of(u, v)
     return Witness(
-        u=u[:n_features].clone(),
-        bias=float(u[-1]) if task.hidden_bias else None,
-        v=v,
+        u=left,
+        bias=bias,
+        v=right,
         ratio=steepness / task.beta,
-        n_active=int((hidden != 0).sum()),
+        n_active=int((hidden != 0).any(1).sum()),
         step=step,
         decrease=before - after,
         gate=gate,

@@ -15,7 +15,17 @@ from cvxnn.errors import CertificationWarning, InvalidInputError
 from cvxnn.solvers import Result
 from cvxnn.validation import check_sample_weight
 
-__all__ = ["ConvexClassifier", "ConvexEstimator", "project_to_simplex"]
+__all__ = ["ConvexClassifier", "ConvexEstimator", "plain_array", "project_to_simplex"]
+
+
+def plain_array(X: Any, what: str) -> Any:
+    """Tensors and lists as arrays; `what` they are is said where the parts of a list do not fit together."""
+    if isinstance(X, torch.Tensor):
+        return X.detach().cpu().numpy()
+    try:
+        return np.asarray(X) if isinstance(X, (list, tuple)) else X
+    except ValueError as error:
+        raise InvalidInputError(f"X cannot be read as {what} of one size: {error}") from error
 
 
 def project_to_simplex(outputs: np.ndarray) -> np.ndarray:
@@ -101,8 +111,7 @@ class ConvexClassifier(ClassifierMixin, ConvexEstimator):
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Outputs of the network: (n, n_classes), or for two classes (n,), positive for the second."""
-        outputs = self._outputs(X)
-        return outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs
+        return self._decisions(self._outputs(X))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities (n, n_classes).
@@ -110,7 +119,16 @@ class ConvexClassifier(ClassifierMixin, ConvexEstimator):
         Softmax for cross-entropy, normalised sigmoids for logistic, and otherwise the Euclidean projection
         of the outputs onto the simplex.
         """
-        outputs = self._outputs(X)
+        return self._probabilities(self._outputs(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class with the largest output, for each sample."""
+        return self._labels(self._outputs(X))
+
+    def _decisions(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs[:, 1] - outputs[:, 0] if outputs.shape[1] == 2 else outputs
+
+    def _probabilities(self, outputs: np.ndarray) -> np.ndarray:
         if self.loss == "cross_entropy":
             return torch.softmax(torch.from_numpy(outputs), dim=1).numpy()
         if self.loss == "logistic":
@@ -118,7 +136,5 @@ class ConvexClassifier(ClassifierMixin, ConvexEstimator):
             return torch.softmax(log_odds, dim=1).numpy()
         return project_to_simplex(outputs)
 
-    def predict(self, X: Any) -> np.ndarray:
-        """The class with the largest output, for each sample."""
-        outputs = self._outputs(X)
+    def _labels(self, outputs: np.ndarray) -> np.ndarray:
         return self.classes_[outputs.argmax(axis=1)]

@@ -12,7 +12,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cvxnn.errors import InvalidInputError
-from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator
+from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, plain_array
 from cvxnn.problems import cnn_problem
 from cvxnn.samples import merge_duplicates
 from cvxnn.solvers import solve
@@ -96,7 +96,7 @@ class ConvexCNN(ConvexEstimator):
 
     def _validate(self, X: Any, y: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Images (n, channels, H, W) as they are given, and y; sets the shape and the scale."""
-        X, y = validate_data(self, _array(X), y, dtype=_TYPES, allow_nd=True, **options)
+        X, y = validate_data(self, plain_array(X, "images"), y, dtype=_TYPES, allow_nd=True, **options)
         images = read_images(X, self.image_shape)
         self.image_shape_ = images.shape[1:]
         self.n_features_in_ = int(np.prod(self.image_shape_))
@@ -147,7 +147,7 @@ class ConvexCNN(ConvexEstimator):
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = _array(X)
+        X = plain_array(X, "images")
         # The number of columns of rows of pixels is checked here, the shape of images below.
         rows = getattr(X, "ndim", 2) <= 2
         X = validate_data(self, X, dtype=_TYPES, allow_nd=True, ensure_2d=rows, reset=False)
@@ -160,16 +160,6 @@ class ConvexCNN(ConvexEstimator):
                 batch = torch.from_numpy(self._scaled(part)).to(self.network_.bias.device)
                 outputs.append(self.network_(batch).double().cpu().numpy())
         return np.concatenate(outputs)
-
-
-def _array(X: Any) -> Any:
-    """Tensors and lists as arrays."""
-    if isinstance(X, torch.Tensor):
-        return X.detach().cpu().numpy()
-    try:
-        return np.asarray(X) if isinstance(X, (list, tuple)) else X
-    except ValueError as error:
-        raise InvalidInputError(f"X cannot be read as images of one size: {error}") from error
 
 
 class ConvexCNNClassifier(ConvexClassifier, ConvexCNN):

@@ -18,6 +18,9 @@ from sklearn.exceptions import NotFittedError
 from cvxnn.certificates import Certificate
 from cvxnn.errors import InvalidInputError, StorageError
 from cvxnn.estimators import (
+    ConvexAttention,
+    ConvexAttentionClassifier,
+    ConvexAttentionRegressor,
     ConvexCNN,
     ConvexCNNClassifier,
     ConvexCNNRegressor,
@@ -27,8 +30,15 @@ from cvxnn.estimators import (
 from cvxnn.files import from_json, read_tensors, to_json, write_tensors
 from cvxnn.layerwise import LayerwiseCNNClassifier, from_state, to_state
 from cvxnn.model_selection import ConvexMLPClassifierCV, ConvexMLPRegressorCV
-from cvxnn.networks import TwoLayerCNN, TwoLayerNetwork
-from cvxnn.storage.networks import NETWORKS, check_image_shape, pack_network, read_field, unpack_network
+from cvxnn.networks import AttentionNetwork, Network, TwoLayerCNN, TwoLayerNetwork
+from cvxnn.storage.networks import (
+    NETWORKS,
+    check_image_shape,
+    check_token_shape,
+    pack_network,
+    read_field,
+    unpack_network,
+)
 from cvxnn.tables import TablePreprocessor
 
 __all__ = ["load", "save"]
@@ -42,10 +52,12 @@ _ESTIMATORS: dict[str, type[BaseEstimator]] = {
         ConvexMLPRegressorCV,
         ConvexCNNClassifier,
         ConvexCNNRegressor,
+        ConvexAttentionClassifier,
+        ConvexAttentionRegressor,
     )
 }
-_CLASSIFIERS = (ConvexMLPClassifier, ConvexCNNClassifier)
-_REGRESSORS = (ConvexMLPRegressor, ConvexCNNRegressor)
+_CLASSIFIERS = (ConvexMLPClassifier, ConvexCNNClassifier, ConvexAttentionClassifier)
+_REGRESSORS = (ConvexMLPRegressor, ConvexCNNRegressor, ConvexAttentionRegressor)
 
 #: Fitted attributes that are scalars (stored where a model has them), and their types.
 _SCALARS: dict[str, type] = {
@@ -57,10 +69,17 @@ _SCALARS: dict[str, type] = {
     "_single_output": bool,
     "scale_": float,
     "image_shape_": list,
+    "token_shape_": list,
+    "_mask_kind": str,
 }
 #: Fitted attributes that are arrays.
 _ARRAYS = ("betas_", "cv_scores_")
 _REQUIRED = ("n_features_in_", "n_iter_")
+#: The network of an architecture that is not the perceptron, and fitted attributes that its estimators need.
+_ARCHITECTURES: dict[type, tuple[type[Network], tuple[str, ...]]] = {
+    ConvexCNN: (TwoLayerCNN, ("scale_", "image_shape_")),
+    ConvexAttention: (AttentionNetwork, ("token_shape_", "_mask_kind")),
+}
 _LABEL_TYPE = re.compile(r"\|b1|[|<>][iuf][1248]|[<>]U(\d{1,6})|object")
 
 
@@ -203,16 +222,16 @@ def _result_facts(model: Any) -> dict[str, Any]:
 
 def _unpack_estimator(cls: type[BaseEstimator], header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
     model: Any = cls(**_unpack_parameters(cls, read_field(header, "parameters", dict), arrays))
-    architecture = TwoLayerCNN if issubclass(cls, ConvexCNN) else TwoLayerNetwork
-    model.network_ = unpack_network(NETWORKS[architecture.__name__], read_field(header, "network", dict), arrays)
+    known = [found for base, found in _ARCHITECTURES.items() if issubclass(cls, base)]
+    kind, needed = known[0] if known else (TwoLayerNetwork, ())
+    model.network_ = unpack_network(kind, read_field(header, "network", dict), arrays)
     fitted = read_field(header, "fitted", dict)
     required = {*_REQUIRED, *(["_single_output"] if issubclass(cls, _REGRESSORS) else [])}
-    required |= {"scale_", "image_shape_"} if issubclass(cls, ConvexCNN) else set()
-    for name, kind in _SCALARS.items():
+    required |= set(needed)
+    for name, wanted in _SCALARS.items():
         if name in fitted or name in required:
-            setattr(model, name, read_field(fitted, name, kind))
-    if issubclass(cls, ConvexCNN):
-        model.image_shape_ = tuple(model.image_shape_)
+            value = read_field(fitted, name, wanted)
+            setattr(model, name, tuple(value) if wanted is list else value)
     for name in _ARRAYS:
         if name in arrays:
             setattr(model, name, arrays[name])
@@ -238,6 +257,9 @@ def _check_estimator(model: Any, names: list[Any] | None) -> None:
     if isinstance(model, ConvexCNN):
         check_image_shape(network, model.image_shape_)
         n_features = math.prod(model.image_shape_)
+    if isinstance(model, ConvexAttention):
+        check_token_shape(network, model.token_shape_)
+        n_features = math.prod(model.token_shape_)
     if model.n_features_in_ != n_features:
         raise ValueError(f"its n_features_in_ is {model.n_features_in_}; its network has {n_features} inputs")
     if names is not None and (len(names) != n_features or not all(isinstance(name, str) for name in names)):

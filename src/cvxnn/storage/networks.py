@@ -12,7 +12,7 @@ from cvxnn.errors import InvalidInputError
 from cvxnn.networks import AttentionNetwork, Network, TwoLayerCNN, TwoLayerNetwork
 from cvxnn.operators import PatchGeometry
 
-__all__ = ["NETWORKS", "check_image_shape", "pack_network", "read_field", "unpack_network"]
+__all__ = ["NETWORKS", "check_image_shape", "check_token_shape", "pack_network", "read_field", "unpack_network"]
 
 NETWORKS: dict[str, type[Network]] = {cls.__name__: cls for cls in (TwoLayerNetwork, TwoLayerCNN, AttentionNetwork)}
 _WEIGHTS = ("hidden", "output", "bias", "gates", "gate_index", "pooling")
@@ -103,6 +103,14 @@ def check_image_shape(network: TwoLayerCNN, shape: tuple[Any, ...]) -> None:
         raise ValueError(f"its image_shape_ is {str(shape)[:60]}; three whole numbers are wanted")
     if shape[0] != network.channels or network.geometry.grid(shape[1], shape[2]) != network.grid:
         raise ValueError(f"its images have shape {shape}, which its network does not take")
+
+
+def check_token_shape(network: AttentionNetwork, shape: tuple[Any, ...]) -> None:
+    """Refuse a shape (s, d) that the network does not take."""
+    if len(shape) != 2 or not all(isinstance(side, int) and side >= 1 for side in shape):
+        raise ValueError(f"its token_shape_ is {str(shape)[:60]}; two whole numbers are wanted")
+    if shape[1] != network.n_features:
+        raise ValueError(f"its tokens have {shape[1]} features; its network takes {network.n_features}")
 
 
 def _check_weights(kind: type[Network], weights: dict[str, torch.Tensor], geometry: PatchGeometry | None) -> None:
