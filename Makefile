@@ -34,6 +34,7 @@ check: $(STAMP) ## lint, format, types, import layers
 soundness: $(STAMP) ## the full soundness run: 300 random problems against independent bounds
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --problems 300 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --activation relu --problems 300 --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --architecture attention --problems 300 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soundness --activation relu --outputs vector --problems 60 --jobs $(JOBS)
 
 bench: $(STAMP) ## speed on the digits, with the machine's matrix rate

@@ -102,3 +102,17 @@ def make_attention(
 def as_columns(U: np.ndarray, V: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """u (1, d d) and v (1, d c) of a head, entry k d + a and entry l c + b."""
     return torch.from_numpy(U.T.reshape(1, -1).copy()), torch.from_numpy(V.reshape(1, -1).copy())
+
+
+def small(
+    activation: str = "gated_relu",
+    output: str = "mean",
+    loss: str = "squared",
+    fraction: float = 0.05,
+    mask: str = "padding",
+    shape: tuple[int, int, int, int] = (8, 3, 2, 2),
+    **options: Any,
+) -> tuple[Problem, Attention]:
+    """A problem that solvers finish in a second, beta a fraction of beta_max."""
+    problem, reference = make_attention(activation, output, mask, shape, loss, **({"n_gates": 3} | options))
+    return problem.with_beta(fraction * problem.beta_max), reference

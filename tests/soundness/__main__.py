@@ -1,6 +1,7 @@
 """Check many random problems: ``python -m tests.soundness --problems 300 --seed 0 --jobs 2 [--json]``.
 
 With ``--activation relu`` these are ReLU problems of low rank, with one output, or ``--outputs vector``: two or three.
+With ``--architecture attention`` they are blocks of self-attention: linear, gated ReLU and small ones of ReLU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tests.soundness.attention import check_attention_problem
 from tests.soundness.check import TOLERANCE, Report, check_problem, set_threads
 from tests.soundness.relu_check import check_relu_problem
 from tests.soundness.tamper import RELU_TAMPERINGS, TAMPERINGS
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first one (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sequence of problems (0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
+    parser.add_argument("--architecture", choices=("mlp", "attention"), default="mlp", help="of the problems (mlp)")
     parser.add_argument("--activation", choices=("gated", "relu"), default="gated", help="of the problems (gated)")
     parser.add_argument("--outputs", choices=("scalar", "vector"), default="scalar", help="of ReLU problems (scalar)")
     parser.add_argument("--tamper", choices=TAMPERINGS + RELU_TAMPERINGS, help="make this mistake on purpose")
@@ -46,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given.tamper in RELU_TAMPERINGS and given.activation != "relu":
         parser.error(f"--tamper {given.tamper} is for --activation relu")
     begin = time.perf_counter()
+    if given.architecture != "mlp" and given.activation == "relu":
+        parser.error("--activation relu is for --architecture mlp; problems of attention have all activations")
     check = check_problem if given.activation == "gated" else partial(check_relu_problem, outputs=given.outputs)
+    if given.architecture == "attention":
+        check = check_attention_problem
     indices = range(given.first, given.first + given.problems)
     with Progress(
         TextColumn("soundness"),

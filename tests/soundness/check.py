@@ -18,7 +18,7 @@ from tests.soundness.problems import Instance, random_instance
 from tests.soundness.reference import Reference
 from tests.soundness.tamper import tampered
 
-__all__ = ["Report", "Violation", "check_problem"]
+__all__ = ["Checker", "Report", "Violation", "check_problem", "random_direction"]
 
 #: Relative tolerance for the evaluation in double precision.
 TOLERANCE = 1e-9
@@ -62,7 +62,7 @@ def check_problem(seed: int, index: int, tamper: str | None = None, small: bool 
     begin = time.perf_counter()
     instance = random_instance(seed, index, small)
     report = Report(index, instance.loss, instance.reduction, instance.output_bias, instance.norms)
-    checker = _Checker(instance, report)
+    checker = Checker(instance, report)
     with tampered(tamper):
         checker.check_all(np.random.default_rng([seed, index, 1]))
     report.relative_width = checker.interval.relative_width
@@ -70,16 +70,14 @@ def check_problem(seed: int, index: int, tamper: str | None = None, small: bool 
     return report
 
 
-class _Checker:
-    def __init__(self, instance: Instance, report: Report) -> None:
+class Checker:
+    """Checks of the problem of one instance; those of other architectures override the first two methods."""
+
+    def __init__(self, instance: Any, report: Report) -> None:
         self.instance, self.report = instance, report
-        self.reference = Reference(instance)
+        self.reference = self.make_reference()
         self.interval = self.reference.interval
-        self.problem = cvxnn.mlp_problem(
-            instance.X,
-            instance.Y,
-            activation="linear" if instance.gates is None else "gated_relu",
-            gates=instance.gates,
+        self.problem = self.make_problem(
             beta=self.reference.beta,
             loss=Huber(instance.delta) if instance.loss == "huber" else instance.loss,
             reduction=instance.reduction,
@@ -89,14 +87,28 @@ class _Checker:
             dtype=instance.dtype,
         )
 
+    def make_reference(self) -> Reference:
+        """The problem in NumPy."""
+        return Reference(self.instance)
+
+    def make_problem(self, **options: Any) -> cvxnn.Problem:
+        """The problem of the package."""
+        instance: Instance = self.instance
+        activation = "linear" if instance.gates is None else "gated_relu"
+        return cvxnn.mlp_problem(instance.X, instance.Y, activation=activation, gates=instance.gates, **options)
+
     def check_all(self, rng: np.random.Generator) -> None:
-        if not np.array_equal(self.problem.patterns.numpy(), self.instance.patterns):
-            self.violated("problem", "patterns are X g >= 0", 1.0)
+        if not self.patterns_are_right():
+            self.violated("problem", "patterns are those of the gates", 1.0)
         self.check_beta_max()
         self.check_solution()
         for points in (self.iterates(), self.points(rng), self.dual_points(rng), self.factors(rng)):
             for name, arguments in points:
                 self.check(name, cvxnn.certify(self.problem, **arguments), arguments)
+
+    def patterns_are_right(self) -> bool:
+        """Whether patterns are X g >= 0."""
+        return np.array_equal(self.problem.patterns.numpy(), self.instance.patterns)
 
     def violated(self, point: str, statement: str, excess: float) -> None:
         self.report.violations.append(Violation(self.report.index, point, statement, excess))
@@ -177,11 +189,11 @@ class _Checker:
         size = np.linalg.norm(optimum) or 1.0
         yield "zero", {"Z": np.zeros(shape)}
         for scale in (1e-2, 1.0, 1e2):
-            yield f"random, scale {scale:g}", {"Z": scale * size * _direction(rng, shape)}
+            yield f"random, scale {scale:g}", {"Z": scale * size * random_direction(rng, shape)}
         yield "half the optimum", {"Z": 0.5 * optimum}
         yield "reference", {"Z": optimum, "intercept": self.interval.intercept}
         for _ in range(2):
-            yield "1e-8 from the optimum", {"Z": optimum + 1e-8 * size * _direction(rng, shape)}
+            yield "1e-8 from the optimum", {"Z": optimum + 1e-8 * size * random_direction(rng, shape)}
         if self.instance.output_bias:
             shifted = self.interval.intercept + rng.normal(size=self.problem.Y.shape[1])
             yield "random intercept", {"Z": optimum, "intercept": shifted}
@@ -192,8 +204,8 @@ class _Checker:
         Z = self.interval.Z
         nu = self.full(self.interval.nu)
         yield "reference dual", {"Z": Z, "dual": nu}
-        yield "1e-8 from the dual", {"Z": Z, "dual": nu + 1e-8 * np.linalg.norm(nu) * _direction(rng, nu.shape)}
-        yield "random dual", {"Z": Z, "dual": _direction(rng, nu.shape)}
+        yield "1e-8 from the dual", {"Z": Z, "dual": nu + 1e-8 * np.linalg.norm(nu) * random_direction(rng, nu.shape)}
+        yield "random dual", {"Z": Z, "dual": random_direction(rng, nu.shape)}
         if self.instance.output_bias:
             yield "dual without intercept", {"Z": Z, "dual": self.full(self.reference.dual_without_intercept())}
 
@@ -205,10 +217,10 @@ class _Checker:
         U, V = left * root, right.transpose(0, 2, 1) * root
         size = np.sqrt(values.sum()) or 1.0
         m = int(rng.integers(1, 4))
-        random = (size * _direction(rng, (P, d, m)), size * _direction(rng, (P, c, m)))
+        random = (size * random_direction(rng, (P, d, m)), size * random_direction(rng, (P, c, m)))
         yield "random factors", {"factors": random}
         yield "balanced factors", {"factors": (U, V)}
-        moved = [part + 1e-8 * size * _direction(rng, part.shape) for part in (U, V)]
+        moved = [part + 1e-8 * size * random_direction(rng, part.shape) for part in (U, V)]
         yield "1e-8 from balanced factors", {"factors": tuple(moved)}
 
     def full(self, nu: np.ndarray) -> np.ndarray:
@@ -218,7 +230,7 @@ class _Checker:
         return rows
 
 
-def _direction(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def random_direction(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """A random array of Frobenius norm 1."""
     array = rng.normal(size=shape)
     return array / np.linalg.norm(array)

@@ -17,7 +17,7 @@ __all__ = ["loss_expression", "solve_dual", "solve_primal", "solve_with_clarabel
 _ORDERS: dict[str, Any] = {"l1": 1, "l2": 2, "linf": "inf"}
 _DUALS: dict[str, Any] = {"l1": "inf", "l2": 2, "linf": 1}
 
-#: Z (P, d, c), intercept (c,) and nu (n, c), or None where there is none.
+#: Z (P, p, q), intercept (c,) and nu (n, c), or None where there is none.
 Solution = tuple[np.ndarray, np.ndarray, np.ndarray] | None
 
 
@@ -26,12 +26,14 @@ def solve_primal(reference: Reference, scale: float, tolerance: float) -> Soluti
 
     The variables are Z times the size of the features.
     """
-    P, d, c = reference.block_shape
+    P, p, q = reference.block_shape
+    c = reference.Y.shape[1]
     size = _size(reference.features)
-    Z = [cp.Variable((d, c)) for _ in range(P)]
+    Z = [cp.Variable((p, q)) for _ in range(P)]
     T = cp.Variable(reference.Y.shape)
     b = cp.Variable((1, c))
-    tie = (reference.features / size) @ cp.vstack(Z) + np.ones((len(reference.Y), 1)) @ b - T == 0
+    flat = cp.vstack([cp.reshape(block, (p * q // c, c), order="C") for block in Z])
+    tie = (reference.features / size) @ flat + np.ones((len(reference.Y), 1)) @ b - T == 0
     fixed = [] if reference.instance.output_bias else [b == 0]
     penalty = cp.sum([_norm(block, reference.instance.norms) for block in Z])
     objective = (loss_expression(reference, T) + reference.beta / size * penalty) / scale
@@ -46,20 +48,21 @@ def solve_dual(reference: Reference, scale: float, tolerance: float) -> Solution
 
     The objective is divided by `scale`, and the blocks A_k*(nu) by beta.
     """
-    P, d, c = reference.block_shape
-    n = len(reference.Y)
+    P, p, q = reference.block_shape
+    n, c = reference.Y.shape
     nu = cp.Variable((n, c))
-    blocks = [cp.Variable((d, c)) for _ in range(P)]
-    features = reference.features.reshape(n, P, d)
+    blocks = [cp.Variable((p, q)) for _ in range(P)]
+    features = reference.features.reshape(n, P, -1)
     size = _size(features)
-    ties = [features[:, k].T / size @ nu - reference.beta / size * blocks[k] == 0 for k in range(P)]
+    flat = [cp.reshape(block, (p * q // c, c), order="C") for block in blocks]
+    ties = [features[:, k].T / size @ nu - reference.beta / size * flat[k] == 0 for k in range(P)]
     constraints = [_dual_norm(block, reference.instance.norms) <= 1 for block in blocks]
     centered = [cp.sum(nu, axis=0) == 0] if reference.instance.output_bias else []
     conjugate, domain = _conjugate(reference, nu)
     program = cp.Problem(cp.Minimize(conjugate / scale), [*ties, *constraints, *centered, *domain])
     if not solve_with_clarabel(program, tolerance):
         return None
-    Z = np.array([-scale / size * tie.dual_value for tie in ties])
+    Z = np.array([-scale / size * tie.dual_value for tie in ties]).reshape(reference.block_shape)
     intercept = -scale * np.ravel(centered[0].dual_value) if centered else np.zeros(c)
     return Z, intercept, np.asarray(nu.value)
 

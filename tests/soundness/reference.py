@@ -61,11 +61,15 @@ class Reference:
         self.w = instance.weights[self.used]
         self.Y = instance.Y[self.used]
         self.loss = make_loss(instance.loss, self.Y, self.w, instance.delta)
-        self.n_gates = instance.patterns.shape[1]
-        self.block_shape = (self.n_gates, instance.X.shape[1], self.Y.shape[1])
-        masked = instance.patterns[self.used][:, :, None] * instance.X[self.used][:, None, :]
-        self.features = masked.reshape(len(self.Y), -1)
-        self._features = self.features.astype(np.longdouble)
+        self.block_shape, features = self.make_features()
+        self.features = features.astype(float)
+        self._features = features.astype(np.longdouble)
+
+    def make_features(self) -> tuple[tuple[int, int, int], np.ndarray]:
+        """The shape (P, p, q) of Z, and the features (n, P p q / c): predictions are their products with Z (-1, c)."""
+        patterns, X = self.instance.patterns[self.used], self.instance.X[self.used]
+        shape = (patterns.shape[1], X.shape[1], self.Y.shape[1])
+        return shape, (patterns[:, :, None] * X[:, None, :]).reshape(len(self.Y), -1)
 
     def predictions(self, Z: np.ndarray) -> np.ndarray:
         """A(Z) = sum_k D_k X Z_k of the samples with a weight, in extended precision."""
@@ -140,7 +144,7 @@ class Reference:
 
     def dual_without_intercept(self) -> np.ndarray:
         """Optimal dual point (n, c) of the problem without output bias: tempting, and wrong with one."""
-        plain = Reference(replace(self.instance, output_bias=False))
+        plain = type(self)(replace(self.instance, output_bias=False))
         plain.beta = self.beta
         solution = solve_primal(plain, plain.plain_loss, 1e-8)
         gradient = plain.loss.gradient(np.zeros(self.Y.shape))

@@ -16,6 +16,7 @@ from cvxnn.operators.base import Operator, row_batches
 from cvxnn.operators.pairs import allowed_pairs, gate_vectors, pair_bits, pair_rows
 from cvxnn.operators.passes import batches_of
 from cvxnn.operators.queries import Queries
+from cvxnn.operators.token_sizes import TokenSizes
 from cvxnn.operators.tokens import read_tokens
 from cvxnn.patterns import PatchBits
 
@@ -257,11 +258,6 @@ class AttentionOperator(Operator):
         for some, heads in self._slabs(slice(gate, gate + 1)):
             yield self._adjoint_slab(L, some, heads).reshape(-1, self.block_shape[2])
 
-    def adjoint_size(self, L: torch.Tensor) -> float:
-        norms = torch.linalg.vector_norm(L.double(), dim=1)
-        eps = torch.finfo(torch.float64).eps
-        return float((self._sizes * norms).sum()) * (1 + 4 * (len(norms) + self.n_outputs) * eps)
-
     def gate_batches(self) -> list[slice]:
         n_gates, p, q = self.block_shape
         return row_batches(n_gates, 8 * p * q, _BLOCK_BYTES)
@@ -299,7 +295,7 @@ class AttentionOperator(Operator):
         n, m = queries.shape[:2]
         left = (queries.reshape(n * m, d) @ u.reshape(r * d, d).T).view(n, m * r, d)
         if active is None:
-            heads = left @ (keys.mT @ keys) if self._through_products(m * r) else (left @ keys.mT) @ keys
+            heads = self._times_products(left, sequences)
             return self.inner.collect(heads.view(n, m, r * d), sequences, places)
         scores = (left @ keys.mT).view(n, m, r, keys.shape[1])
         scores = (scores.clamp_min_(0) if relu else scores).mul_(active)
@@ -309,10 +305,13 @@ class AttentionOperator(Operator):
         heads = scores.view(n, m * r, keys.shape[1]) @ keys
         return self.inner.collect(heads.view(n, m, r * d), sequences, places)
 
-    def _through_products(self, n_rows: int) -> bool:
-        """Whether X^T X is the cheaper way to so many rows times X^T X."""
+    def _times_products(self, left: torch.Tensor, sequences: slice) -> torch.Tensor:
+        """Rows (n, r, d) times X^T X, formed or not, whichever is cheaper."""
         s, d = self.tokens.shape[1:]
-        return s * d + n_rows * d < 2 * n_rows * s
+        n_rows, keys = left.shape[1], self.tokens[sequences]
+        if self._keeps_products and d <= 2 * s:
+            return left @ self.key_products(sequences, slice(None), slice(None))[:, 0]
+        return left @ (keys.mT @ keys) if s * d + n_rows * d < 2 * n_rows * s else (left @ keys.mT) @ keys
 
     def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
         sequences, places = self.inner.sequences(rows)
@@ -321,7 +320,7 @@ class AttentionOperator(Operator):
         n, m = queries.shape[:2]
         if self.bits is None:
             spread = self.inner.spread(M, sequences, places).reshape(n, m * r, d)
-            left = spread @ (keys.mT @ keys) if self._through_products(m * r) else (spread @ keys.mT) @ keys
+            left = self._times_products(spread, sequences)
         else:
             if self.inner.pooled:
                 scores = self.inner.spread(M.reshape(n, r, d) @ keys.mT, sequences, places)
@@ -331,6 +330,19 @@ class AttentionOperator(Operator):
             left = scores.mul_(self._active(sequences, gate)).view(n, m * r, keys.shape[1]) @ keys
         return (left.reshape(n * m, r * d).T @ queries.reshape(n * m, d)).view(r, d * d)
 
+    def unit_energies(self, gate: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.bits is not None:
+            return super().unit_energies(gate, weights)
+        d = self.dim
+        energies = weights.new_zeros(d, d)
+        for sequences in self._sequence_batches(1, d):
+            rows = self.inner.rows_of(sequences)
+            spread = self.inner.spread(weights[rows], sequences, self.inner.sequences(rows)[1])
+            queries = (self.queries[sequences].square() * spread.unsqueeze(2)).sum(1)
+            products = self.key_products(sequences, slice(None), slice(None))[:, 0]
+            energies.addmm_(products.square().sum(2).T, queries)
+        return energies.flatten() / d
+
     def network_outputs(self, columns: Columns) -> torch.Tensor:
         if self.activation != "relu":
             return self.apply_columns(columns)
@@ -339,14 +351,9 @@ class AttentionOperator(Operator):
         outputs = []
         for rows in self.column_batches(len(used)):
             sequences, places = self.inner.sequences(rows)
-            allowed = self._allowed(sequences).unsqueeze(2).to(self.dtype)
+            allowed = self._sizes.allowed_pairs(sequences).unsqueeze(2).to(self.dtype)
             outputs.append(self._heads(used.u, sequences, places, allowed, relu=True) @ weights)
         return torch.cat(outputs)
-
-    def _allowed(self, sequences: slice) -> torch.Tensor:
-        """M of some sequences, (n, m, s) bool."""
-        assert self.allowed is not None
-        return self.allowed.rows(sequences).view(-1, self.rows.shape[1], self.tokens.shape[1])
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -384,68 +391,35 @@ class AttentionOperator(Operator):
 
     # -- bounds -------------------------------------------------------------------------------------------------
 
-    def _row_sums(self, of_keys: torch.Tensor) -> torch.Tensor:
-        """sum over queries of ||x_t|| times the sum over the keys that it can see of (n, s, j), as (rows, j)."""
-        queries = self.rows.of(self.tokens).double().norm(dim=2)
-        everything = slice(0, len(self.tokens))
-        if self.allowed is None:
-            sums = of_keys.sum(1).unsqueeze(1).expand(-1, queries.shape[1], -1)
-        else:
-            sums = self._allowed(everything).double() @ of_keys
-        places = None if self.rows.pooled else self.rows.places
-        rows = self.rows.collect(queries.unsqueeze(2) * sums, everything, places)
-        return rows * (1 + 4 * (sum(self.tokens.shape[1:]) + queries.shape[1] + 8) * torch.finfo(torch.float64).eps)
-
     @cached_property
-    def _sizes(self) -> torch.Tensor:
-        """sum_t w_t ||x_t|| sum_t' ||x_t'||^2 of every row, float64: bounds of its features in any gate, rounded up."""
-        return self._row_sums(self.tokens.double().square().sum(2, keepdim=True))[:, 0]
+    def _sizes(self) -> TokenSizes:
+        return TokenSizes(self.tokens, self.rows, self.allowed)
 
-    @property
-    def _terms(self) -> int:
-        """Roundings on the way to an entry of the features, and to a sum over the rows of a sequence."""
-        return 2 * self.tokens.shape[1] + self.rows.shape[1] + 8
-
-    @cached_property
-    def _underflow(self) -> float:
-        """More than underflow can take from a product of three tokens."""
-        largest = float(self.tokens.abs().max())
-        return 8 * self.tokens.shape[1] ** 2 * self.dim**3 * torch.finfo(self.dtype).tiny * (1 + largest)
+    def adjoint_size(self, L: torch.Tensor) -> float:
+        return self._sizes.of_adjoint(L)
 
     def adjoint_rounding(self, L: torch.Tensor) -> float:
-        eps = torch.finfo(self.dtype).eps / 2
-        relative = 4 * (self.n_samples + self._terms) * eps
-        return relative * self.adjoint_size(L) + self._underflow * float(L.double().abs().sum())
+        return self._sizes.adjoint_rounding(L)
 
     def apply_rounding(self, Z: torch.Tensor) -> float:
-        eps = torch.finfo(self.dtype).eps / 2
-        blocks = float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
-        size = float(torch.linalg.vector_norm(self._sizes))
-        return (4 * (self.n_features + self._terms) * eps * size + self._underflow) * blocks
+        return self._sizes.apply_rounding(self.n_features) * float(torch.linalg.vector_norm(Z, dim=(1, 2)).sum())
 
     @cached_property
     def row_squares(self) -> torch.Tensor:
-        keys = self.tokens.double()
-        return self._row_sums(keys.norm(dim=2, keepdim=True) * keys.abs()).square().to(self.dtype)
+        return self._sizes.row_squares.to(self.dtype)
 
     @cached_property
     def prediction_norm(self) -> float:
-        return float(self._sizes.max())
-
-    def _pairs(self) -> torch.Tensor:
-        """The pairs of tokens that count, (pairs, 3): sequence, query, key."""
-        allowed = self._allowed(slice(0, len(self.tokens)))
-        used = self.rows.used()
-        return (allowed if used is None else allowed & used.unsqueeze(2)).nonzero()
+        return float(self._sizes.features.max())
 
     @property
     def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        sequence, query, key = self._pairs().T
+        sequence, query, key = self._sizes.pairs()
         rows = pair_rows(self.rows.of(self.tokens)[sequence, query], self.tokens[sequence, key])
         return rows, self.patterns[sequence, query, key]
 
     def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
-        sequence, query, key = self._pairs().T
+        sequence, query, key = self._sizes.pairs()
         everything = slice(0, len(self.tokens))
         norms = self.rows.spread(nu.norm(dim=1), everything, None if self.rows.pooled else self.rows.places)
         return norms[sequence, query] * self.tokens.norm(dim=2)[sequence, key]

@@ -178,7 +178,7 @@ class Eliminated(LocalProblem):
                 out.index_add_(0, column, inner * w)
             return out.flatten()
 
-        blocks = self.grams().columns(self.gate, V.view(r, self.op.width * V.shape[1]).square().sum(1))
+        blocks = self.grams().columns(self.gate, V.square().sum(1).view(r, -1).sum(1))
         return MatrixFree(
             product,
             lambda x: blocks.power(x.view(r, p), beta, 1).flatten(),
