@@ -59,7 +59,7 @@ def _table(report: NetworkReport) -> list[str]:
 
 def _verdicts(report: NetworkReport) -> list[str]:
     found = report.certificate
-    samples, neuron = _NAMES[report.architecture]
+    _, neuron = _NAMES[report.architecture]
     among = (_AMONG if report.architecture == "mlp" else _AMONG_HEADS).get(found.scope, found.scope)
     if found.lower_bound <= 0 < found.primal:
         lines = ["Nothing is proven about this network: all lower bounds are zero."]
@@ -76,9 +76,10 @@ def _verdicts(report: NetworkReport) -> list[str]:
         )
     witness = report.witness
     if witness is not None:
+        active = f" active on {witness.n_active} samples" if report.architecture == "mlp" else ""
         lines.append(
-            f"Witness: a {neuron} active on {witness.n_active} {samples} has slope {witness.ratio:.4g} beta; adding it "
-            f"lowers the objective by {witness.decrease:.3g}."
+            f"Witness: a {neuron}{active} has slope {witness.ratio:.4g} beta; adding it lowers the objective by "
+            f"{witness.decrease:.3g}."
         )
     return lines
 

@@ -107,6 +107,10 @@ def certify(
         if flag:
             raise InvalidInputError(f"{name} is for weights; the model remembers how it was trained")
     trained = load_model(model)
+    if not isinstance(trained.network_, TwoLayerNetwork):
+        raise UnsupportedError(
+            f"{model} holds a {type(trained).__name__}; models of 'cvxnn fit' are certified here, and others in Python"
+        )
     if activation is not None and activation != trained.activation:
         raise UnsupportedError(f"--activation is {activation!r}, but the model is {trained.activation!r}")
     beta = check_positive(_model_beta(trained) if beta is None else beta, "beta")
