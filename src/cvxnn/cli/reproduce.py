@@ -62,7 +62,9 @@ class _Study:
 def reproduce(
     study: Annotated[
         str,
-        typer.Argument(metavar="STUDY", help="One of: spiral, complexity, networks, layerwise, attention.", show_default=False),
+        typer.Argument(
+            metavar="STUDY", help="One of: spiral, complexity, networks, layerwise, attention.", show_default=False
+        ),
     ],
     scale: Annotated[
         str, typer.Option(help="quick (minutes on two cores), paper, or for layerwise also convex.")

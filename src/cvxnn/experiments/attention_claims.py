@@ -18,8 +18,8 @@ _ENOUGH = 0.9
 #: What the proofs of two points of one problem may differ by, in the last digits.
 _ROUNDING = 1e-12
 _RULE = (
-    f"held if there are such local minima and none is more than a relative {OPTIMAL_GAP:g} above the certified optimum; "
-    f"in part if fewer than {_ENOUGH:.0%} of the runs that it is about ended at local minima; not held if one is above"
+    f"held if there are such local minima and none is more than a relative {OPTIMAL_GAP:g} above the certified "
+    f"optimum; in part if fewer than {_ENOUGH:.0%} of the runs that it is about ended at local minima; not held if one is above"
 )
 
 
@@ -66,9 +66,7 @@ def judge_attention(frame: pd.DataFrame) -> list[Statement]:
     ]
 
 
-def _none_above(
-    frame: pd.DataFrame, name: str, statement: str, where: str, everything: bool = True
-) -> Statement:
+def _none_above(frame: pd.DataFrame, name: str, statement: str, where: str, everything: bool = True) -> Statement:
     """That no local minimum of some runs is above the optimum."""
     minima = frame[frame["kind"] == "local_minimum"]
     above = int((minima["gap"] > OPTIMAL_GAP).sum())
@@ -83,7 +81,7 @@ def _none_above(
         found += f", the largest gap is {minima['gap'].max():.1e}"
     others = frame[frame["kind"] != "local_minimum"]
     if len(others):
-        counts = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in others["kind"].value_counts().items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in others["kind"].value_counts().items()).replace("_", " ")
         found += f" (others: {counts}; largest gap {others['gap'].max():.1e})"
     trained = frame.loc[frame["form"] == "network", "trained_gap"]
     if name == "the original network" and len(trained):

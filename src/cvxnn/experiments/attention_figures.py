@@ -106,7 +106,9 @@ def _draw_ranks(frame: pd.DataFrame, path: Path) -> str:
             counts = part[chosen].groupby(["m", "rank"]).size()
             if len(counts):
                 m, rank = (counts.index.get_level_values(name).to_numpy() for name in ("m", "rank"))
-                axes.scatter(m + shift, rank, s=6 + 60 * counts / counts.max(), color=colour, marker=marker, linewidths=0)
+                axes.scatter(
+                    m + shift, rank, s=6 + 60 * counts / counts.max(), color=colour, marker=marker, linewidths=0
+                )
         _mark_thresholds(axes, whole, True)
         axes.set(title=f"d = {d}, c = {c}", ylim=(-0.5, 2 * int(whole["threshold"].iloc[0]) + 0.5))
     grid[0, 0].set_ylabel("rank of (27) at local minima")

@@ -84,8 +84,8 @@ def _settings(frame: pd.DataFrame, grid: AttentionGrid) -> str:
         "- Objective (26): 1/(2n) ||outputs - targets||^2 + beta/2 sum_j (||U_j||^2 + ||V_j||^2), outputs "
         "sum_j X_i U_j X_i^T X_i V_j, per token or averaged over the tokens.",
         f"- Data: n = {grid.n} sequences of s = {grid.s} tokens. Output `mean`: Gaussian tokens, targets of a random "
-        "block of min(d^2, d c) heads with noise. Output `tokens`: clean tokens on a line of their sequence, with noise "
-        "of 0.5; the targets are the first c clean features (denoising).",
+        "block of min(d^2, d c) heads with noise. Output `tokens`: clean tokens on a line of their sequence, with "
+        "noise of 0.5; the targets are the first c clean features (denoising).",
         f"- (d, c) = {', '.join(f'({d}, {c})' for d, c in grid.sizes)}; beta = {listing(grid.fractions)} of beta_max; "
         f"data seeds {listing(grid.seeds)}; m = 1 .. 2 min(d^2, d c), and d^2 + d c + 1.",
         *(f"- `{form}`: {words}; {grid.starts} starts per number of heads." for form, words in FORMS.items()),

@@ -179,9 +179,7 @@ def _stationary(problem: Problem, heads: Heads, factors: Factors) -> Factors:
         objective, list(factors), _LBFGS_STEPS, gtol=1e-10 * heads.beta, ftol=0.0, history=_LBFGS_HISTORY
     )
     U, V = reached.parts
-    return nearby_stationary_point(
-        problem, (U, V), seconds=_NEWTON_SECONDS, tol=_RESIDUAL, max_iter=_NEWTON_STEPS
-    )
+    return nearby_stationary_point(problem, (U, V), seconds=_NEWTON_SECONDS, tol=_RESIDUAL, max_iter=_NEWTON_STEPS)
 
 
 def _along(heads: Heads, factors: Factors, curvature: Curvature) -> Factors:
