@@ -19,7 +19,8 @@ _ENOUGH = 0.9
 _ROUNDING = 1e-12
 _RULE = (
     f"held if there are such local minima and none is more than a relative {OPTIMAL_GAP:g} above the certified "
-    f"optimum; in part if fewer than {_ENOUGH:.0%} of the runs that it is about ended at local minima; not held if one is above"
+    f"optimum; in part if fewer than {_ENOUGH:.0%} of the runs that it is about ended at local minima; not held if one "
+    "is above"
 )
 
 
@@ -105,8 +106,8 @@ def _needed(frame: pd.DataFrame) -> Statement:
     if len(spurious):
         found += f" (gaps of {spurious['gap'].min():.1e} to {spurious['gap'].max():.1e})"
     rule = (
-        f"held if a local minimum with m < min(d^2, d c), but at least as many heads as the optimum needs, is more than "
-        f"a relative {GLOBAL_GAP:g} above it; in part if only blocks with fewer heads than the optimum needs are"
+        f"held if a local minimum with m < min(d^2, d c), but at least as many heads as the optimum needs, is more "
+        f"than a relative {GLOBAL_GAP:g} above it; in part if only blocks with fewer heads than the optimum needs are"
     )
     return Statement(
         "few heads are not enough",
