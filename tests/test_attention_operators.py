@@ -7,8 +7,10 @@ import torch
 import cvxnn
 from cvxnn.columns import Columns
 from cvxnn.dual_norms import gate_dual_norms
+from cvxnn.factored import FactoredLoss
 from cvxnn.norms import get_norm
-from cvxnn.operators import attention, attention_kernel
+from cvxnn.operators import attention, attention_kernel, base
+from cvxnn.solvers.burer_monteiro import grams
 from tests.attention_reference import MASKS, as_columns, make_attention
 
 ACTIVATIONS = ("linear", "gated_relu", "relu")
@@ -237,6 +239,21 @@ def test_bounds_of_sizes(activation, output, mask):
     u = columns.u / columns.u.norm(dim=1, keepdim=True)
     hidden = op.hidden(columns.gate, u, slice(0, op.n_samples)).view(op.n_samples, 30, -1)
     assert bool((hidden.square() <= op.row_squares.unsqueeze(1) * (1 + 1e-12)).all())
+
+
+@CASES
+def test_energies_of_unit_vectors(activation, output, mask, monkeypatch):
+    monkeypatch.setattr(base, "BATCH_BYTES", 500)
+    monkeypatch.setattr(grams, "_TOGETHER", 0)
+    problem, _ = make_attention(activation, output, mask)
+    op = problem.operator
+    features = op.features(slice(0, op.n_samples)).view(op.n_samples, op.width, op.n_gates, -1)
+    scaled = features * problem.weights.sqrt().view(-1, 1, 1, 1)
+    expected = torch.einsum("nwkp,nwkr->kpr", scaled, scaled) / op.width
+    gates = torch.arange(op.n_gates)
+    np.testing.assert_allclose(grams.gate_grams(FactoredLoss(problem), gates), expected, atol=1e-12)
+    for k in gates:
+        np.testing.assert_allclose(op.unit_energies(k, problem.weights), expected[k].diagonal(), atol=1e-12)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

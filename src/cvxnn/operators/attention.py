@@ -330,6 +330,19 @@ class AttentionOperator(Operator):
             left = scores.mul_(self._active(sequences, gate)).view(n, m * r, keys.shape[1]) @ keys
         return (left.reshape(n * m, r * d).T @ queries.reshape(n * m, d)).view(r, d * d)
 
+    def unit_energies(self, gate: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.bits is not None:
+            return super().unit_energies(gate, weights)
+        d = self.dim
+        energies = weights.new_zeros(d, d)
+        for sequences in self._sequence_batches(1, d):
+            rows = self.inner.rows_of(sequences)
+            spread = self.inner.spread(weights[rows], sequences, self.inner.sequences(rows)[1])
+            queries = (self.queries[sequences].square() * spread.unsqueeze(2)).sum(1)
+            products = self.key_products(sequences, slice(None), slice(None))[:, 0]
+            energies.addmm_(products.square().sum(2).T, queries)
+        return energies.flatten() / d
+
     def network_outputs(self, columns: Columns) -> torch.Tensor:
         if self.activation != "relu":
             return self.apply_columns(columns)

@@ -154,6 +154,24 @@ class Operator(ABC):
     def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
         """The adjoint of `hidden` in u, (r, p), at M of shape (rows, r w)."""
 
+    def unit_energies(self, gate: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sum_i w_i |h_i|^2 / w, (p,), for the hidden outputs h (w) of every unit vector as a column of one gate."""
+        p = self.block_shape[1]
+        energies = weights.new_zeros(p)
+        for chosen in row_batches(p, 8 * (p + self.n_samples * self.width)):
+            units = self._units(chosen)
+            for rows in self.column_batches(len(units)):
+                squares = self.hidden(gate.repeat(len(units)), units, rows).square()
+                energies[chosen] += (weights[rows] @ squares).view(len(units), self.width).sum(1)
+        return energies / self.width
+
+    def _units(self, chosen: slice) -> torch.Tensor:
+        """Some of the unit vectors, (r, p)."""
+        index = torch.arange(chosen.start, chosen.stop, device=self.device)
+        units = torch.zeros(len(index), self.block_shape[1], dtype=self.dtype, device=self.device)
+        units[torch.arange(len(index), device=self.device), index] = 1
+        return units
+
     def split_right(self, v: torch.Tensor) -> torch.Tensor:
         """Right factors v (r, q) as the weights (r w, c) of the hidden outputs."""
         if self.width == 1:

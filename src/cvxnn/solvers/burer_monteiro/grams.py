@@ -11,6 +11,8 @@ __all__ = ["MAX_ENTRIES", "GramColumns", "WhitenedGrams", "gate_grams"]
 
 #: Only the diagonals of the matrices are used where all of them would have more entries than this (1 GiB).
 MAX_ENTRIES = 2**27
+#: Hidden outputs of all unit vectors that are formed for all samples at once.
+_TOGETHER = 2**26
 
 
 def gate_grams(loss: FactoredLoss, gates: torch.Tensor) -> torch.Tensor:
@@ -20,10 +22,14 @@ def gate_grams(loss: FactoredLoss, gates: torch.Tensor) -> torch.Tensor:
     units = torch.eye(p, dtype=op.dtype, device=gates.device)
     grams = []
     root = loss.weights.sqrt().unsqueeze(1)
+    whole = op.n_samples * p * op.width <= _TOGETHER
     for gate in gates:
-        features = op.hidden(gate.repeat(p), units, slice(0, op.n_samples)) * root
-        features = features.view(-1, p, op.width).mT.reshape(-1, p)
-        grams.append(features.T @ features / op.width)
+        every, gram = gate.repeat(p), units.new_zeros(p, p)
+        for rows in [slice(0, op.n_samples)] if whole else op.column_batches(p):
+            features = op.hidden(every, units, rows) * root[rows]
+            features = features.view(-1, p, op.width).mT.reshape(-1, p)
+            gram += features.T @ features / op.width
+        grams.append(gram)
     return torch.stack(grams) if grams else units.new_zeros(0, p, p)
 
 
@@ -40,7 +46,7 @@ class WhitenedGrams:
         if n_gates * p * p <= MAX_ENTRIES:
             values, self.vectors = torch.linalg.eigh(gate_grams(loss, gates))
         else:
-            values = torch.stack([gate_grams(loss, gate.unsqueeze(0))[0].diagonal() for gate in gates])
+            values = torch.stack([loss.op.unit_energies(gate, loss.weights) for gate in gates])
         self.values = values.clamp_min(0)
 
     def columns(self, gate: torch.Tensor, scale: torch.Tensor) -> GramColumns:
