@@ -20,6 +20,8 @@ from cvxnn.cli.options import Json, folder
 from cvxnn.cli.report import INTERRUPTED, NOT_CERTIFIED, Report, check_folder, output_folder, print_error, write_json
 from cvxnn.cli.reproduce_layerwise import check_data, chosen_grid, layerwise_runner, say_estimates, say_layerwise
 from cvxnn.errors import InvalidInputError
+from cvxnn.experiments.attention import ATTENTION_SCALES, run_attention
+from cvxnn.experiments.attention_report import OPTIMUM_WIDTH, attention_summary, write_attention_report
 from cvxnn.experiments.complexity import COMPLEXITY_SCALES, run_complexity
 from cvxnn.experiments.complexity_report import complexity_summary, write_complexity_report
 from cvxnn.experiments.layerwise import run_layerwise
@@ -34,7 +36,7 @@ from cvxnn.validation import check_choice
 
 __all__ = ["STUDIES", "reproduce"]
 
-STUDIES = ("spiral", "complexity", "networks", "layerwise")
+STUDIES = ("spiral", "complexity", "networks", "layerwise", "attention")
 _BACKEND_HELP = "Backend of joblib: loky, multiprocessing, threading, or dask or ray where they are installed."
 
 Rows = list[dict[str, Any]]
@@ -60,7 +62,9 @@ class _Study:
 def reproduce(
     study: Annotated[
         str,
-        typer.Argument(metavar="STUDY", help="One of: spiral, complexity, networks, layerwise.", show_default=False),
+        typer.Argument(
+            metavar="STUDY", help="One of: spiral, complexity, networks, layerwise, attention.", show_default=False
+        ),
     ],
     scale: Annotated[
         str, typer.Option(help="quick (minutes on two cores), paper, or for layerwise also convex.")
@@ -215,6 +219,28 @@ def _say_networks(report: Report, document: dict[str, Any]) -> None:
     )
 
 
+def _attention_missed(document: dict[str, Any], grid: Any) -> str:
+    if document["certified"]:
+        return ""
+    width = document["optima"]["largest_width"]
+    found = "not known" if width is None else f"known to {width:.1e} only"
+    return f"the optimum of a problem is {found}, not to {OPTIMUM_WIDTH:g}; heads.csv says which"
+
+
+def _say_attention(report: Report, document: dict[str, Any]) -> None:
+    report.say()
+    report.rows(
+        [
+            (
+                f"d = {part['d']}, c = {part['c']}, {part['output']}, beta {part['fraction']:g} of beta_max",
+                f"rank {part['optimum_rank']}, threshold {part['threshold']}; most heads of a local minimum above the "
+                f"optimum: {part['most_heads_with_spurious'] or 'none'}",
+            )
+            for part in document["problems"]
+        ]
+    )
+
+
 def _studies() -> dict[str, _Study]:
     return {
         "spiral": _Study(
@@ -246,6 +272,15 @@ def _studies() -> dict[str, _Study]:
             lambda document, grid: uncertified(document["claims"]),
             say_layerwise,
             cells="trainings",
+        ),
+        "attention": _Study(
+            ATTENTION_SCALES,
+            run_attention,
+            write_attention_report,
+            attention_summary,
+            _attention_missed,
+            _say_attention,
+            cells="cells",
         ),
     }
 
