@@ -241,8 +241,8 @@ def _candidates(module: nn.Module, d: int) -> Iterator[tuple[TrainedNetwork, int
     for kind, layer in layers.items():
         if kind != "out" and layer.bias is not None and bool(layer.bias.any()):
             raise UnsupportedError(f"module has a bias in its {kind} projection; projections without one are wanted")
-    bias = layers["out"].bias
-    free = None if bias is None else as_weights(bias, "the bias of out")
+    given = layers["out"].bias
+    free = None if given is None else as_weights(given, "the bias of out")
     query, key, value, out = (weights[kind] for kind in _PROJECTIONS)
     if query.shape != key.shape or out.shape[1] != len(value) or {query.shape[1], value.shape[1]} != {d}:
         raise InvalidInputError(
@@ -264,8 +264,9 @@ def _agrees(
 ) -> bool:
     """Whether the outputs of a module are those of a block, up to rounding."""
     bias = torch.zeros(c, dtype=torch.float64) if network.output_bias is None else network.output_bias
-    parts = (network.hidden.T, network.output, bias)
+    hidden, pooled = network.hidden.T, output == "mean"
     with torch.no_grad():
-        expected = AttentionNetwork(*parts, pooled=output == "mean")(tokens)
-        size = AttentionNetwork(*(part.abs() for part in parts), pooled=output == "mean")(tokens.abs()).max()
+        expected = AttentionNetwork(hidden, network.output, bias, pooled=pooled)(tokens)
+        sizes = AttentionNetwork(hidden.abs(), network.output.abs(), bias.abs(), pooled=pooled)(tokens.abs())
+        size = sizes.max()
     return bool((outputs - expected).abs().max() <= tolerance * size)
