@@ -29,7 +29,7 @@ from cvxnn.cli.options import Data, Json, Target
 from cvxnn.cli.report import NOT_CERTIFIED, Report
 from cvxnn.cli.weights import holds_foreign_weights
 from cvxnn.errors import InvalidInputError, UnsupportedError
-from cvxnn.networks import padded_factors
+from cvxnn.networks import TwoLayerNetwork, padded_factors
 from cvxnn.problems import mlp_problem
 from cvxnn.samples import merge_duplicates
 from cvxnn.tables import number_values
