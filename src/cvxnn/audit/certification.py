@@ -125,7 +125,7 @@ def certify_network(
         "bound_time": min(_BOUND_TIME, time_limit) if time_limit > 0 else _BOUND_TIME,
         "penalize_biases": penalize_biases,
     }
-    shared = {"reduction": reduction, "penalize_biases": penalize_biases}
+    shared: dict[str, Any] = {"reduction": reduction, "penalize_biases": penalize_biases}
     if heads is not None:
         targets, loss = _head_targets(Y, heads, loss)
         beta = _default_beta(Habits(), reduction, 1) if beta is None else beta

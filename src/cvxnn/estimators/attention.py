@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cvxnn.errors import InvalidInputError
 from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, plain_array
+from cvxnn.networks import AttentionNetwork
 from cvxnn.operators.queries import OUTPUTS
 from cvxnn.operators.tokens import TokenMask, read_tokens
 from cvxnn.problems import attention_problem
@@ -159,6 +160,7 @@ class ConvexAttention(ConvexEstimator):
     def _set_result(self, result: Result) -> None:
         super()._set_result(result)
         # The problem has the ones among its tokens; the network appends them itself.
+        assert isinstance(self.network_, AttentionNetwork)
         self.network_.hidden_bias = bool(self.hidden_bias)
 
     # -- predictions --------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class ConvexAttention(ConvexEstimator):
 
 def _read_shape(shape: Any) -> tuple[int, int]:
     pair = tuple(shape) if isinstance(shape, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in pair):
+    if len(pair) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in pair):
         raise InvalidInputError(f"token_shape is {shape!r}; (tokens, features) is wanted")
     return int(pair[0]), int(pair[1])
 
