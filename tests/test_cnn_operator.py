@@ -138,7 +138,7 @@ def test_float32_is_that_of_the_rounded_images(geometry, storage):
 @pytest.mark.parametrize("storage", ["cached", "recomputed"])
 @pytest.mark.parametrize("n_gates", [0, 4])
 def test_kernel_gram_factors_and_parts(n_gates, storage, monkeypatch):
-    monkeypatch.setattr(cnn_module, "_PATCH_BYTES", 40_000)  # several batches
+    monkeypatch.setattr(cnn_module, "_PATCH_BYTES", {"cpu": 40_000, "cuda": 40_000})  # several batches
     op = make("padded", "two-by-two", n_gates, storage=storage)
     assert len(op._batches) > 1
     Phi = explicit_phi(op).reshape(op.n_samples, -1)

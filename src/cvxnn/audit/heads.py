@@ -241,8 +241,8 @@ def _candidates(module: nn.Module, d: int) -> Iterator[tuple[TrainedNetwork, int
     for kind, layer in layers.items():
         if kind != "out" and layer.bias is not None and bool(layer.bias.any()):
             raise UnsupportedError(f"module has a bias in its {kind} projection; projections without one are wanted")
-    given = layers["out"].bias
-    free = None if given is None else as_weights(given, "the bias of out")
+    last = layers["out"].bias
+    free = None if last is None else as_weights(last, "the bias of out")
     query, key, value, out = (weights[kind] for kind in _PROJECTIONS)
     if query.shape != key.shape or out.shape[1] != len(value) or {query.shape[1], value.shape[1]} != {d}:
         raise InvalidInputError(
@@ -264,9 +264,8 @@ def _agrees(
 ) -> bool:
     """Whether the outputs of a module are those of a block, up to rounding."""
     bias = torch.zeros(c, dtype=torch.float64) if network.output_bias is None else network.output_bias
-    hidden, pooled = network.hidden.T, output == "mean"
+    u, v, pooled = network.hidden.T, network.output, output == "mean"
     with torch.no_grad():
-        expected = AttentionNetwork(hidden, network.output, bias, pooled=pooled)(tokens)
-        sizes = AttentionNetwork(hidden.abs(), network.output.abs(), bias.abs(), pooled=pooled)(tokens.abs())
-        size = sizes.max()
+        expected = AttentionNetwork(u, v, bias, pooled=pooled)(tokens)
+        size = AttentionNetwork(u.abs(), v.abs(), bias.abs(), pooled=pooled)(tokens.abs()).max()
     return bool((outputs - expected).abs().max() <= tolerance * size)
