@@ -29,6 +29,11 @@ class Conic:
         """Tolerances 1e-3, 1e-4, ..."""
         return 1e-3 if tol > 1 else tol / 10
 
+    def warm_up(self) -> None:
+        """A program of two variables, which loads the backend."""
+        x = cp.Variable(2)
+        cp.Problem(cp.Minimize(cp.sum_squares(x) + cp.norm(x))).solve(solver=self.backend)
+
     def settings(self, tol: float) -> dict[str, Any]:
         """Arguments of ``solve``."""
         raise NotImplementedError

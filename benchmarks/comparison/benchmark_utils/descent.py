@@ -22,6 +22,10 @@ class Factors:
         self.X, self.Y = torch.from_numpy(X), torch.from_numpy(Y)
         self.gates, self.beta = torch.from_numpy(gates), beta
 
+    def warm_up(self) -> None:
+        """One step: torch imports its optimisers and its autograd at the first one, which takes seconds."""
+        self.run_once(stop_val=1)
+
     def prepare(self) -> list[torch.Tensor]:
         """Patterns and a random start."""
         generator = torch.Generator().manual_seed(0)

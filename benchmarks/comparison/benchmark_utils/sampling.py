@@ -64,6 +64,10 @@ class Cvxnn:
         """Keep what is needed."""
         self.data, self.beta, self.cap = (X, Y, gates), beta, cap
 
+    def warm_up(self) -> None:
+        """A run to a gap of one, which loads what is loaded at the first call."""
+        self.run(1.0)
+
     def get_next(self, tol: float) -> float:
         """Tolerances 1e-2, 1e-4, 1e-6, ..."""
         return 1e-2 if tol > 1 else tol / 100
