@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from cvxnn.experiments.complexity_fits import (
     judge_complexity,
     medians,
 )
+from cvxnn.experiments.pages import markdown_table, write_page
 from cvxnn.files import write_atomically
 from cvxnn.plotting import COLOURS, MARKERS, panels, write_figure
 
@@ -60,12 +60,8 @@ def write_complexity_report(rows: list[dict[str, Any]], grid: ComplexityGrid, fo
     write_atomically(folder / "exponents.csv", lambda temporary: table.to_csv(temporary, index=False))
     _draw(frame, folder / "complexity.png")
     text = _page(frame, fits, grid)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return ["report.md", "timings.csv", "exponents.csv", "complexity.png"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _draw(frame: pd.DataFrame, path: Path) -> None:
@@ -100,11 +96,6 @@ def _draw(frame: pd.DataFrame, path: Path) -> None:
     write_figure(figure, path)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _page(frame: pd.DataFrame, fits: list[Exponent], grid: ComplexityGrid) -> str:
     claims = [(part.statement, f"**{part.verdict}**", part.found, part.rule) for part in judge_complexity(frame)]
     exponents = [
@@ -124,12 +115,12 @@ def _page(frame: pd.DataFrame, fits: list[Exponent], grid: ComplexityGrid) -> st
         "# The time of an iteration: projected gradient and Frank-Wolfe",
         _settings(frame, grid),
         "## The claim (A.1)",
-        _table(("Statement", "Verdict", "Found", "Rule"), claims),
+        markdown_table(("Statement", "Verdict", "Found", "Rule"), claims),
         "![complexity](complexity.png)",
         "Lines are medians over the seeds, bands from the smallest to the largest.",
         "## Exponents",
         "Slopes of log time against log of the parameter, all seeds in one least-squares fit.",
-        _table(header, exponents),
+        markdown_table(header, exponents),
         "## Growth with the rank",
         _growth(frame),
         "## What is timed",
@@ -160,7 +151,7 @@ def _growth(frame: pd.DataFrame) -> str:
         words = ", ".join(f"{factor:.2f} ({a} to {b})" for a, b, factor in growth_factors(frame, method))
         if words:
             rows.append((name, words))
-    return _table(("method", "factor of the time for one more feature"), rows) if rows else ""
+    return markdown_table(("method", "factor of the time for one more feature"), rows) if rows else ""
 
 
 def _methods() -> str:

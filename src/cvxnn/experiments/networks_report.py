@@ -27,6 +27,7 @@ from cvxnn.experiments.networks_claims import (
     trained_frame,
 )
 from cvxnn.experiments.networks_figures import draw_network_figures
+from cvxnn.experiments.pages import markdown_table, write_page
 from cvxnn.files import write_atomically
 
 __all__ = ["networks_summary", "write_networks_report"]
@@ -67,17 +68,8 @@ def write_networks_report(outcomes: list[dict[str, Any]], grid: NetworksGrid, fo
     write_atomically(folder / "networks.csv", lambda temporary: frame.to_csv(temporary, index=False))
     pictures = draw_network_figures(trained_frame(frame), outcomes, grid.n_samples, folder)
     text = _page(frame, grid, pictures)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return ["report.md", "networks.csv", *pictures]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _page(frame: pd.DataFrame, grid: NetworksGrid, pictures: list[str]) -> str:
@@ -87,7 +79,7 @@ def _page(frame: pd.DataFrame, grid: NetworksGrid, pictures: list[str]) -> str:
         "# Are networks trained by SGD and Adam globally optimal?",
         _settings(frame, grid),
         "## Claims of the paper",
-        _table(("The paper", "Verdict", "Found", "Rule"), claims),
+        markdown_table(("The paper", "Verdict", "Found", "Rule"), claims),
         "The claims of section 4.1 are of gradient descent on the factors of gated networks; here they are judged on "
         "ReLU networks, for the betas where the optimum is not zero.",
         "## How far from the optimum",
@@ -159,7 +151,7 @@ def _distances(summary: Sequence[dict[str, Any]]) -> str:
     ]
     above = ("proven suboptimal", *(f"by more than {level:g}" for level in THRESHOLDS))
     header = ("m", "beta", "optimiser", "optimum", "objective (median)", "excess (median)", "excess (largest)")
-    return _table((*header, "gap from the gradient alone (median)", *above, "within 1%"), rows)
+    return markdown_table((*header, "gap from the gradient alone (median)", *above, "within 1%"), rows)
 
 
 def _endings(summary: Sequence[dict[str, Any]]) -> str:
@@ -185,7 +177,7 @@ def _endings(summary: Sequence[dict[str, Any]]) -> str:
     names = (name.replace("_", " ") for name in VERDICTS)
     header = ("m", "beta", "optimiser", *names, "excess (median)", "residual (median)", "distinct neurons (median)")
     wide = (*header, "gap among networks with their patterns (largest)")
-    return "As trained / after L-BFGS at the same width went on from there.\n\n" + _table(wide, rows)
+    return "As trained / after L-BFGS at the same width went on from there.\n\n" + markdown_table(wide, rows)
 
 
 def _traps(frame: pd.DataFrame) -> str:
@@ -217,7 +209,9 @@ def _improvements(summary: Sequence[dict[str, Any]]) -> str:
     ]
     header = ("m", "beta", "optimiser", "objective as trained", "after improve()", "largest certified gap")
     times = ("neurons, fewest", "training s", "certify s", "improve s")
-    return _table((*header, *times), rows) + "\n\nMedians, but where it says otherwise. Seconds are per network."
+    return (
+        markdown_table((*header, *times), rows) + "\n\nMedians, but where it says otherwise. Seconds are per network."
+    )
 
 
 def _bounds(frame: pd.DataFrame) -> str:

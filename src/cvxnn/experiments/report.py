@@ -26,6 +26,7 @@ from cvxnn.experiments.claims import (
     time_table,
 )
 from cvxnn.experiments.figures import draw_figures
+from cvxnn.experiments.pages import markdown_table, write_page
 from cvxnn.experiments.spiral import SCALES, SpiralGrid
 from cvxnn.files import write_atomically
 
@@ -85,12 +86,8 @@ def write_report(rows: list[dict[str, Any]], grid: SpiralGrid, folder: Path) -> 
     write_atomically(folder / "runs.csv", lambda temporary: table.to_csv(temporary, index=False))
     pictures = draw_figures(frame, folder, grid.tol)
     text = _page(frame, grid, pictures)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return ["report.md", "runs.csv", *pictures]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _timed(frame: pd.DataFrame) -> tuple[str, ...]:
@@ -125,11 +122,6 @@ def _pictures(present: Sequence[str], wanted: Iterable[str]) -> list[str]:
         for name in wanted
         if name in present
     ]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _listing(values: Iterable[Any]) -> str:
@@ -193,7 +185,7 @@ def _claims(claims: Sequence[Claim]) -> str:
         )
         for claim in claims
     ]
-    return _table(("The paper", "Verdict", "Found", "Rule"), rows) + (
+    return markdown_table(("The paper", "Verdict", "Found", "Rule"), rows) + (
         "\n\nVerdicts are of the sampled gates, as in the paper, for the problems where Z = 0 is not optimal. The "
         "continuation of gradient descent goes downhill, so that it can leave a saddle point; what it shows is that "
         "the way down was not at its end."
@@ -241,7 +233,8 @@ def _global(summary: Sequence[dict[str, Any]], tol: float) -> str:
         for part in summary
     ]
     header = ("gates", "n", f"certified to {tol:g}", "worst duality gap", "worst true gap", "median s", "longest s")
-    return f"**{certified} of {total} runs certified** to a relative duality gap of {tol:g}.\n\n{_table(header, rows)}"
+    found = f"**{certified} of {total} runs certified** to a relative duality gap of {tol:g}."
+    return f"{found}\n\n{markdown_table(header, rows)}"
 
 
 def _speed(frame: pd.DataFrame, tol: float) -> str:
@@ -256,7 +249,7 @@ def _speed(frame: pd.DataFrame, tol: float) -> str:
     header = ("bm_global", "gates", "smallest", "25%", "median", "75%", "largest", "at least 20", "did not get there")
     return (
         "Time of `bm_gd` to the best gap it ever reaches, over the time of `bm_global` at the same m (a gap below "
-        f"{tol:g} counts as {tol:g}):\n\n{_table(header, rows)}"
+        f"{tol:g} counts as {tol:g}):\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -276,7 +269,7 @@ def _times(frame: pd.DataFrame) -> str:
     ]
     gap = float(nontrivial(frame).loc[frame["solver"] == "bm_gd", "true_gap"].median())
     medians = ("median s of " + name + (" (to its best gap)" if name == "bm_gd" else "") for name in solvers)
-    return _table(("gates", "n", *medians, "fastest certified"), rows) + "\n\n" + _advice(summary, solvers, gap)
+    return markdown_table(("gates", "n", *medians, "fastest certified"), rows) + "\n\n" + _advice(summary, solvers, gap)
 
 
 def _fastest(counts: dict[str, int], n_problems: int) -> str:
