@@ -54,7 +54,7 @@ KINDS = {
     "not_stationary": "the rest",
 }
 #: Sizes of normal starts, in turn.
-_SIZES = (0.03, 0.3, 1.0, 3.0)
+_SIZES = (0.03, 0.3, 1.0, 2.0)
 _OPTIMUM_TOL = 1e-8
 #: Singular values of Z above this, relative to the largest, count for its rank.
 _RANK = 1e-6
@@ -150,7 +150,7 @@ class AttentionGrid:
     starts: int = 20
     descent_steps: int = 2_000
     adam_steps: int = 5_000
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     max_escapes: int = 5
     optimum_seconds: float = 120.0
 
