@@ -19,7 +19,7 @@ __all__ = ["draw_attention_figures"]
 FLOOR = 1e-14
 _GREY = "#777777"
 _TITLES = {"factors": "factors (26), polished", "network": "network by Adam, polished", "adam": "as Adam ends"}
-_DOTS = {"linestyle": "", "markersize": 4}
+_DOTS: dict[str, Any] = {"linestyle": "", "markersize": 4}
 
 
 def draw_attention_figures(frame: pd.DataFrame, folder: Path) -> list[str]:
