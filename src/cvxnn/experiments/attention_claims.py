@@ -104,9 +104,9 @@ def _ways_out(frame: pd.DataFrame) -> Statement:
     if len(above):
         eigenvalues = above["smallest_eigenvalue"] / above["beta"]
         found = (
-            f"m >= min(d^2, d c): {len(above)} stationary points above the optimum, gaps of "
-            f"{above['gap'].min():.1e} to {above['gap'].max():.1e}; {len(saddles)} are saddles, smallest eigenvalues of {eigenvalues.min():.1e} to "
-            f"{eigenvalues.max():.1e} beta"
+            f"m >= min(d^2, d c): {len(above)} stationary points above the optimum, {len(saddles)} of them saddles; "
+            f"gaps of {above['gap'].min():.1e} to {above['gap'].max():.1e}, smallest eigenvalues of {eigenvalues.min():.1e} "
+            f"to {eigenvalues.max():.1e} beta"
         )
         escaped = frame[frame["form"] == "escaped"]
         if len(escaped):
