@@ -103,10 +103,10 @@ def _ways_out(frame: pd.DataFrame) -> Statement:
     found = ""
     if len(above):
         eigenvalues = above["smallest_eigenvalue"] / above["beta"]
+        gaps = f"gaps of {above['gap'].min():.1e} to {above['gap'].max():.1e}"
         found = (
             f"m >= min(d^2, d c): {len(above)} stationary points above the optimum, {len(saddles)} of them saddles; "
-            f"gaps of {above['gap'].min():.1e} to {above['gap'].max():.1e}, smallest eigenvalues of {eigenvalues.min():.1e} "
-            f"to {eigenvalues.max():.1e} beta"
+            f"{gaps}, smallest eigenvalues of {eigenvalues.min():.1e} to {eigenvalues.max():.1e} beta"
         )
         escaped = frame[frame["form"] == "escaped"]
         if len(escaped):
