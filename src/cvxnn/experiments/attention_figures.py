@@ -71,7 +71,7 @@ def _draw_gaps(frame: pd.DataFrame, path: Path) -> str:
             if i == 0:
                 axes.set_title(f"d = {d}, c = {c}")
         grid[i, 0].set_ylabel(f"gap, {_TITLES['adam' if column == 'trained_gap' else form]}", fontsize="small")
-    handles, labels = _legend(frame)
+    handles, labels = _legend(frame[frame["form"].isin([form for form, _ in rows])])
     handles += [
         Line2D([], [], color="#000000", linestyle="--", linewidth=1.0),
         Line2D([], [], color=_GREY, linestyle=":", linewidth=1.0),
@@ -111,7 +111,8 @@ def _draw_ranks(frame: pd.DataFrame, path: Path) -> str:
                     m + shift, rank, s=6 + 60 * counts / counts.max(), color=colour, marker=marker, linewidths=0
                 )
         _mark_thresholds(axes, whole, True)
-        axes.set(title=f"d = {d}, c = {c}", ylim=(-0.5, 2 * int(whole["threshold"].iloc[0]) + 0.5))
+        most = int(whole["threshold"].iloc[0])
+        axes.set(title=f"d = {d}, c = {c}", ylim=(0, most + 1.5), yticks=range(most + 2))
     grid[0, 0].set_ylabel("rank of (27) at local minima")
     handles = [
         Line2D([], [], color=COLOURS[0], marker="o", **_DOTS),
