@@ -82,6 +82,19 @@ def predictions(problem: cvxnn.Problem, result: cvxnn.Result, tokens: np.ndarray
     return outputs if result.intercept is None else outputs + result.intercept
 
 
+def warm_up() -> None:
+    """Import and run everything once: the first optimiser of torch in a process alone takes two seconds."""
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((10, 3, 2)), rng.standard_normal((10, 2))
+    problem = cvxnn.attention_problem(X, Y, activation="linear", beta=1e-2)
+    for solver in ("admm", "bm_global", "fista"):
+        cvxnn.solve(problem, solver, tol=1e-2, random_state=0, max_iter=50)
+    for _ in train_block(X, Y, 2, 1e-2, 1e-2, 0.05):
+        pass
+    for _ in train_multihead(X, Y, size=100, seconds=(0.05,)):
+        pass
+
+
 def peer_times(seconds: float) -> tuple[float, float]:
     """When a peer is looked at: after the time of ours, and after ten times that (a minute more at most)."""
     return seconds, min(10 * seconds, seconds + 60.0)
@@ -341,6 +354,7 @@ def main() -> None:
         "patches": lambda: patches_rows(options.repeats, options.limit),
         "scale": lambda: scale_rows(options.repeats),
     }
+    warm_up()
     header, rows = tables[options.table]()
     text = f"{describe()}; {matrix_rate():.0f} GFLOP/s float64\n\n{markdown_table(header, rows)}\n"
     print(text)
