@@ -43,19 +43,22 @@ def train_block(
         return (heads.flatten(1) @ W2 - Y).square().sum() / (2 * n)
 
     spent, next_look = time.perf_counter() - begin, 0.0
-    while spent < seconds:
+    while True:
         begin = time.perf_counter()
         rule.zero_grad()
         value = loss()
         value.backward()
         decay = beta / 2 * (W1.detach().square().sum() + W2.detach().square().sum())
         seen = float(value.detach() + decay)
-        rule.step()
         spent += time.perf_counter() - begin
-        if spent >= next_look:
+        if spent >= min(next_look, seconds):
             yield spent, seen, _block(W1.detach(), W2.detach(), d)
             next_look = spent + _LOOKS
-    yield spent, seen, _block(W1.detach(), W2.detach(), d)
+        if spent >= seconds:
+            return
+        begin = time.perf_counter()
+        rule.step()
+        spent += time.perf_counter() - begin
 
 
 def _block(W1: torch.Tensor, W2: torch.Tensor, d: int) -> torch.Tensor:
