@@ -159,7 +159,7 @@ def digits_rows(repeats: int, limit: float) -> tuple[tuple[str, ...], list[tuple
             )
         reached = next(seconds for seconds, value, _ in best if value <= target)
         lower = max(results[0].certificate.lower_bound for results in found.values())
-        gap = f"{target / lower - 1:.1e} (against admm's bound)"
+        gap = f"{target / lower - 1:.1e} (against our bound)"
         score = accuracy(problem.operator.predict(weights, X_test), y_test)
         rate = RATES[next(k for k, trace in enumerate(adam) if trace is best)]
         rows.append((f"{fraction:g}", f"torch Adam, lr {rate:g}, {heads} heads", f"{budget:.3g}", f"{target:.7g}", gap,

@@ -45,7 +45,7 @@ __all__ = [
 FORMS = {
     "factors": "factors (26), normal starts of four sizes, gradient descent",
     "network": "the original network, torch's default start, Adam with weight decay",
-    "padded": "a local minimum with one head and zeros in the others, which is stationary, where it is",
+    "padded": "a local minimum with one head, and zeros in the others: a stationary point, taken as it is",
     "escaped": "the same point, left along its negative curvature",
 }
 #: Forms without a training; a few starts are enough.
