@@ -18,7 +18,7 @@ _BATCH = 64
 
 def train_block(
     tokens: np.ndarray, Y: np.ndarray, n_heads: int, beta: float, learning_rate: float, seconds: float
-) -> Iterator[tuple[float, float]]:
+) -> Iterator[tuple[float, float, torch.Tensor]]:
     """Adam with ``weight_decay=beta``, full batch, on the original pooled linear block, in its cheapest form.
 
     The mean over the tokens of X W1_j X^T X W2_j is xbar^T W1_j (X^T X) W2_j; xbar and X^T X are formed once. float64,
@@ -26,8 +26,8 @@ def train_block(
 
     Yields
     ------
-    (float, float)
-        Seconds so far, without those of the looks, and the objective.
+    (float, float, torch.Tensor)
+        Seconds so far, without those of the looks, the objective, and the weights as one block Z (1, d^2, d c).
     """
     X, Y = torch.from_numpy(tokens), torch.from_numpy(Y)
     n, _, d = X.shape
@@ -43,19 +43,28 @@ def train_block(
         return (heads.flatten(1) @ W2 - Y).square().sum() / (2 * n)
 
     spent, next_look = time.perf_counter() - begin, 0.0
-    while spent < seconds:
+    while True:
         begin = time.perf_counter()
         rule.zero_grad()
         value = loss()
         value.backward()
         decay = beta / 2 * (W1.detach().square().sum() + W2.detach().square().sum())
         seen = float(value.detach() + decay)
+        spent += time.perf_counter() - begin
+        if spent >= min(next_look, seconds):
+            yield spent, seen, _block(W1.detach(), W2.detach(), d)
+            next_look = spent + _LOOKS
+        if spent >= seconds:
+            return
+        begin = time.perf_counter()
         rule.step()
         spent += time.perf_counter() - begin
-        if spent >= next_look:
-            yield spent, seen
-            next_look = spent + _LOOKS
-    yield spent, seen
+
+
+def _block(W1: torch.Tensor, W2: torch.Tensor, d: int) -> torch.Tensor:
+    """Z[k d + a, l c + b] = sum_j W1_j[a, k] W2_j[l, b], for W1 (d, m d) and W2 (m d, c)."""
+    first, second = W1.view(d, -1, d), W2.view(-1, d, W2.shape[1])
+    return torch.einsum("ajk,jlb->kalb", first, second).reshape(1, d * d, -1)
 
 
 class MultiheadBlock(nn.Module):

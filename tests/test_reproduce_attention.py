@@ -193,12 +193,13 @@ def test_files_and_report(finished):
 
 def test_every_run_has_a_row(rows):
     assert tuple(rows.columns) == ATTENTION_COLUMNS
-    assert len(rows) == 2 * 5 * 2 * 2
+    assert len(rows) == 2 * (5 * 2 * 2 + 4 * 2 * 2)
     assert not rows[["output", "m", "form", "start"]].duplicated().any()
     assert set(rows["kind"]) <= set(KINDS)
     assert (rows["threshold"] == 2).all() and (rows["paper_bound"] == 6).all()
     assert (rows["rank"] <= rows[["m", "threshold"]].min(axis=1)).all()
     assert (rows["gap"] <= rows["trained_gap"] + 1e-9).all()
+    assert not ((rows["m"] == 1) & rows["form"].isin(["padded", "escaped"])).any()
 
 
 def test_rows_are_right(rows):
@@ -214,15 +215,27 @@ def test_rows_are_right(rows):
 
 
 def test_no_local_minimum_is_above_the_optimum_with_enough_heads(rows):
-    wide = rows[rows["m"] >= rows["threshold"]]
+    wide = rows[(rows["m"] >= rows["threshold"]) & (rows["form"] != "padded")]
     assert (wide["kind"] == "local_minimum").mean() > 0.9
     assert (wide.loc[wide["kind"] == "local_minimum", "gap"] <= 1e-6).all()
     check = check_optima(rows)
     assert check["largest_width"] <= 1e-8
-    assert (check["n_runs"], check["n_below_optimum"], check["n_bounds_above"]) == (40, 0, 0)
+    assert (check["n_runs"], check["n_below_optimum"], check["n_bounds_above"]) == (72, 0, 0)
     wrong = check_optima(rows.assign(primal=rows["optimum_lower"] * 0.9))
-    assert wrong["n_below_optimum"] == 40
-    assert check_optima(rows.assign(primal=rows["optimum_upper"] * 2, duality_gap=0.0))["n_bounds_above"] == 40
+    assert wrong["n_below_optimum"] == 72
+    assert check_optima(rows.assign(primal=rows["optimum_upper"] * 2, duality_gap=0.0))["n_bounds_above"] == 72
+
+
+def test_padded_minima_are_saddles_and_lead_on(rows):
+    padded, escaped = (rows[rows["form"] == form].reset_index(drop=True) for form in ("padded", "escaped"))
+    above = padded["gap"] > 1e-6  # the optimum for the outputs per token has one head
+    assert (above == (padded["optimum_rank"] > 1)).all() and above.sum() == 8 and (padded["rank"] == 1).all()
+    assert ((padded["kind"] == "saddle") == above).all()
+    assert (abs(padded["gap"] - padded["trained_gap"]) <= 1e-9).all() and (padded["n_escapes"] == 0).all()
+    # A head of zeros has the eigenvalue beta - ||G||.
+    slopes = padded["beta"] * (1 - padded["dual_norm_ratio"])
+    assert (padded["smallest_eigenvalue"] <= slopes + 1e-9).all()
+    assert ((escaped["n_escapes"] >= 1) == above).all() and (escaped["gap"] <= 1e-6).all()
 
 
 def test_json_and_resume(finished, tmp_path, capsys, monkeypatch):
@@ -235,10 +248,10 @@ def test_json_and_resume(finished, tmp_path, capsys, monkeypatch):
     arguments = ["reproduce", "attention", "--scale", "tiny", "--jobs", "1", "--out", str(tmp_path)]
     assert main([*arguments, "--resume", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["n_cells"], document["n_resumed"], document["n_runs"]) == (10, 9, 40)
+    assert (document["n_cells"], document["n_resumed"], document["n_runs"]) == (10, 9, 72)
     assert document["certified"] is True and len(document["problems"]) == 2
     assert document == json.loads((tmp_path / "metrics.json").read_text())
-    assert len(document["claims"]) == 5 and all(claim["rule"] for claim in document["claims"])
+    assert len(document["claims"]) == 6 and all(claim["rule"] for claim in document["claims"])
     before, after = (pd.read_csv(folder / "heads.csv") for folder in (finished[0], tmp_path))
     pd.testing.assert_frame_equal(before.drop(columns="seconds"), after.drop(columns="seconds"), rtol=1e-6, atol=1e-7)
 
@@ -261,17 +274,17 @@ def test_verdicts_follow_their_rules():
     def verdicts(*arguments, **options):
         return [part.verdict for part in judge_attention(attention_frame(make_rows(*arguments, **options)))]
 
-    assert verdicts(lambda m: 0.1 if m < 4 else 1e-9) == ["held"] * 5
-    assert verdicts(lambda m: 0.1 if m < 3 else 1e-9) == [*["held"] * 4, "held in part"]
-    assert verdicts(lambda m: 1e-9) == [*["held"] * 4, "not held"]
+    assert verdicts(lambda m: 0.1 if m < 4 else 1e-9) == [*["held"] * 4, "not tested", "held"]
+    assert verdicts(lambda m: 0.1 if m < 3 else 1e-9) == [*["held"] * 4, "not tested", "held in part"]
+    assert verdicts(lambda m: 1e-9) == [*["held"] * 4, "not tested", "not held"]
     # A spurious minimum with four heads: rank 3 below m too.
-    assert verdicts(lambda m: 0.1 if m < 5 else 0.0) == ["held", "not held", "not held", "not held", "held"]
+    assert verdicts(lambda m: 0.1 if m < 5 else 0.0) == ["held", *["not held"] * 4, "held"]
     assert verdicts(lambda m: 0.1 if m < 5 else 0.0, rank=lambda m: m)[1] == "not tested"
-    assert verdicts(lambda m: 0.1) == [*["not held"] * 4, "held"]
+    assert verdicts(lambda m: 0.1) == [*["not held"] * 5, "held"]
     saddles = verdicts(lambda m: 0.1, kind=lambda m: "saddle")
-    assert saddles == ["not tested"] * 5
+    assert saddles == [*["not tested"] * 4, "held", "not tested"]
     some = verdicts(lambda m: 0.0, kind=lambda m: "not_stationary" if m in (5, 9) else "local_minimum")
-    assert some == ["not tested", "held", "held in part", "held in part", "not held"]
+    assert some == ["not tested", "held", "held in part", "held in part", "not tested", "not held"]
 
 
 def test_where_spurious_minima_end():

@@ -45,7 +45,11 @@ __all__ = [
 FORMS = {
     "factors": "factors (26), normal starts of four sizes, gradient descent",
     "network": "the original network, torch's default start, Adam with weight decay",
+    "padded": "a local minimum with one head, and zeros in the others: a stationary point, taken as it is",
+    "escaped": "the same point, left along its negative curvature",
 }
+#: Forms without a training; a few starts are enough.
+_PADDED, _N_PADDED = ("padded", "escaped"), 5
 #: What a run can end in, by the name in the column `kind`.
 KINDS = {
     "local_minimum": "stationary (relative residual at most 1e-6), no eigenvalue of the Hessian below -1e-5 beta",
@@ -241,19 +245,22 @@ def run_attention(
 
 
 def solve_heads(cell: AttentionCell) -> dict[str, Any]:
-    """All runs of a cell: the certified optimum, and both forms from all starts, trained and then polished."""
+    """All runs of a cell: the certified optimum, and all forms from their starts, trained and then polished."""
     problem = cell.problem()
     lower, upper, rank = _optimum(problem, cell.optimum_seconds)
     heads = Heads(problem)
     rows = []
     for form in FORMS:
+        if form in _PADDED and cell.m == 1:
+            continue
         begin = time.perf_counter()
-        U, V = _trained(cell, heads, form)
+        U, V = _padded(cell, problem, heads) if form in _PADDED else _trained(cell, heads, form)
         objectives = heads.slopes(U, V)[0].tolist()
-        shared = (time.perf_counter() - begin) / cell.starts
-        for start in range(cell.starts):
+        shared = (time.perf_counter() - begin) / len(U)
+        max_escapes = 0 if form == "padded" else cell.max_escapes
+        for start in range(len(U)):
             begin = time.perf_counter()
-            found = polish(problem, heads, (U[start : start + 1], V[start : start + 1]), cell.max_escapes)
+            found = polish(problem, heads, (U[start : start + 1], V[start : start + 1]), max_escapes)
             seconds = shared + time.perf_counter() - begin
             row = _row(cell, problem, form, found)
             rows.append(
@@ -279,6 +286,16 @@ def _trained(cell: AttentionCell, heads: Heads, form: str) -> tuple[torch.Tensor
         return train_adam(heads, weights, cell.learning_rate, cell.adam_steps)
     sizes = tuple(_SIZES[seed % len(_SIZES)] for seed in seeds)
     return descend(heads, draw_factors(heads.p, heads.q, cell.m, seeds, sizes), cell.descent_steps)
+
+
+def _padded(cell: AttentionCell, problem: Problem, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Local minima with one head, and zeros in the other heads."""
+    seeds = tuple(range(min(cell.starts, _N_PADDED)))
+    U, V = descend(heads, draw_factors(heads.p, heads.q, 1, seeds, (0.3,) * len(seeds)), cell.descent_steps)
+    minima = [polish(problem, heads, (U[k : k + 1], V[k : k + 1]), cell.max_escapes).factors for k in seeds]
+    sides = (torch.cat(side) for side in zip(*minima, strict=True))
+    U, V = (torch.nn.functional.pad(side, (0, cell.m - 1)) for side in sides)
+    return U, V
 
 
 def _optimum(problem: Problem, seconds: float) -> tuple[float, float, int]:

@@ -33,10 +33,11 @@ def attention_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def judge_attention(frame: pd.DataFrame) -> list[Statement]:
     """The claims, each about local minima by second order; theorems have no say in what counts as one."""
+    left = frame["form"] != "padded"
     wide, enough = frame["m"] > frame["paper_bound"], frame["m"] >= frame["threshold"]
     return [
         _none_above(
-            frame[wide],
+            frame[wide & left],
             "Corollary 3.10, number of heads",
             "The linear-activation self-attention network (26) has no spurious local minima as long as the number of "
             "heads satisfies m > m* where m* < d^2 + d c (Corollary 3.10)",
@@ -51,7 +52,7 @@ def judge_attention(frame: pd.DataFrame) -> list[Statement]:
             everything=False,
         ),
         _none_above(
-            frame[enough],
+            frame[enough & left],
             "beyond: min(d^2, d c) heads",
             "Beyond the paper: m >= min(d^2, d c) heads already exclude spurious local minima",
             "m >= min(d^2, d c)",
@@ -63,6 +64,7 @@ def judge_attention(frame: pd.DataFrame) -> list[Statement]:
             "network (8), trained by Adam)",
             "Adam, m >= min(d^2, d c)",
         ),
+        _ways_out(frame[enough]),
         _needed(frame[~enough]),
     ]
 
@@ -91,6 +93,33 @@ def _none_above(frame: pd.DataFrame, name: str, statement: str, where: str, ever
             f"largest gap is {trained.max():.1e}"
         )
     return Statement(name, statement, verdict, found, _RULE)
+
+
+def _ways_out(frame: pd.DataFrame) -> Statement:
+    """That stationary points above the optimum have negative curvature."""
+    above = frame[(frame["kind"] != "not_stationary") & (frame["gap"] > OPTIMAL_GAP)]
+    saddles = above[above["kind"] == "saddle"]
+    verdict = NO_RUNS if above.empty else HELD if len(saddles) == len(above) else NOT_HELD
+    found = ""
+    if len(above):
+        eigenvalues = above["smallest_eigenvalue"] / above["beta"]
+        gaps = f"gaps of {above['gap'].min():.1e} to {above['gap'].max():.1e}"
+        found = (
+            f"m >= min(d^2, d c): {len(above)} stationary points above the optimum, {len(saddles)} of them saddles; "
+            f"{gaps}, smallest eigenvalues of {eigenvalues.min():.1e} to {eigenvalues.max():.1e} beta"
+        )
+        escaped = frame[frame["form"] == "escaped"]
+        if len(escaped):
+            reached = int((escaped["gap"] <= OPTIMAL_GAP).sum())
+            found += f"; along these {reached} of {len(escaped)} runs come to the optimum"
+    return Statement(
+        "the ways out of saddles",
+        "Beyond the paper: with m >= min(d^2, d c) heads every stationary point above the optimum has a direction of "
+        "negative curvature",
+        verdict,
+        found,
+        f"held if all stationary points more than a relative {OPTIMAL_GAP:g} above the optimum are saddles",
+    )
 
 
 def _needed(frame: pd.DataFrame) -> Statement:

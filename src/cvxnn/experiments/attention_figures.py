@@ -16,9 +16,10 @@ from cvxnn.plotting import COLOURS, MARKERS, panels, write_figure
 __all__ = ["draw_attention_figures"]
 
 #: Gaps below are drawn here.
-FLOOR = 1e-14
+FLOOR = 1e-10
 _GREY = "#777777"
 _TITLES = {"factors": "factors (26), polished", "network": "network by Adam, polished", "adam": "as Adam ends"}
+_STATIONARY = {"factors": _TITLES["factors"], "network": _TITLES["network"], "padded": "one head and zeros"}
 _DOTS: dict[str, Any] = {"linestyle": "", "markersize": 4}
 
 
@@ -70,7 +71,7 @@ def _draw_gaps(frame: pd.DataFrame, path: Path) -> str:
             if i == 0:
                 axes.set_title(f"d = {d}, c = {c}")
         grid[i, 0].set_ylabel(f"gap, {_TITLES['adam' if column == 'trained_gap' else form]}", fontsize="small")
-    handles, labels = _legend(frame)
+    handles, labels = _legend(frame[frame["form"].isin([form for form, _ in rows])])
     handles += [
         Line2D([], [], color="#000000", linestyle="--", linewidth=1.0),
         Line2D([], [], color=_GREY, linestyle=":", linewidth=1.0),
@@ -110,7 +111,8 @@ def _draw_ranks(frame: pd.DataFrame, path: Path) -> str:
                     m + shift, rank, s=6 + 60 * counts / counts.max(), color=colour, marker=marker, linewidths=0
                 )
         _mark_thresholds(axes, whole, True)
-        axes.set(title=f"d = {d}, c = {c}", ylim=(-0.5, 2 * int(whole["threshold"].iloc[0]) + 0.5))
+        most = int(whole["threshold"].iloc[0])
+        axes.set(title=f"d = {d}, c = {c}", ylim=(0, most + 1.5), yticks=range(most + 2))
     grid[0, 0].set_ylabel("rank of (27) at local minima")
     handles = [
         Line2D([], [], color=COLOURS[0], marker="o", **_DOTS),
@@ -131,15 +133,15 @@ def _draw_eigenvalues(frame: pd.DataFrame, path: Path) -> str:
     titles = ("m < min(d^2, d c)", "m >= min(d^2, d c)")
     for axes, title, chosen in zip(grid[0], titles, (~enough, enough), strict=True):
         part = stationary[chosen]
-        for k, form in enumerate(("factors", "network")):
+        for k, form in enumerate(_STATIONARY):
             seen = part[part["form"] == form]
             axes.plot(
                 seen["gap"].clip(lower=FLOOR),
                 seen["smallest_eigenvalue"] / seen["beta"],
-                color=COLOURS[3 * k],
+                color=COLOURS[(0, 3, 5)[k]],
                 marker=MARKERS[k],
                 alpha=0.6,
-                label=_TITLES[form],
+                label=_STATIONARY[form],
                 **(_DOTS | {"markersize": 3}),
             )
         axes.axvline(OPTIMAL_GAP, color=_GREY, linewidth=0.8)
@@ -148,6 +150,6 @@ def _draw_eigenvalues(frame: pd.DataFrame, path: Path) -> str:
         axes.set_yscale("symlog", linthresh=1e-4)
     grid[0, 0].set_ylabel("smallest eigenvalue / beta")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3, fontsize="small")
     write_figure(figure, path)
     return path.name

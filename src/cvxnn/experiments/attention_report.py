@@ -30,11 +30,12 @@ __all__ = ["OPTIMUM_WIDTH", "attention_summary", "write_attention_report"]
 OPTIMUM_WIDTH = 1e-8
 _CAPTIONS = {
     "gap.png": "Final gap to the certified optimum against the number of heads, all runs of a size. Dashed: "
-    "min(d^2, d c); dotted: d^2 + d c; grey: 1e-6. The last row is Adam without polishing. Gaps below 1e-14 are drawn "
+    "min(d^2, d c); dotted: d^2 + d c; grey: 1e-6. The last row is Adam without polishing. Gaps below 1e-10 are drawn "
     "there.",
     "rank.png": "Rank of (27) at local minima; larger marks are more frequent.",
     "eigenvalue.png": "Smallest eigenvalue of the Hessian over beta, at stationary points. A spurious local minimum is "
-    "right of the grey line and not below the horizontal one.",
+    "right of the grey line and not below the horizontal one. `padded` points are local minima with one head, with "
+    "zeros in the others.",
 }
 
 
@@ -88,7 +89,8 @@ def _settings(frame: pd.DataFrame, grid: AttentionGrid) -> str:
         "noise of 0.5; the targets are the first c clean features (denoising).",
         f"- (d, c) = {', '.join(f'({d}, {c})' for d, c in grid.sizes)}; beta = {listing(grid.fractions)} of beta_max; "
         f"data seeds {listing(grid.seeds)}; m = 1 .. 2 min(d^2, d c), and d^2 + d c + 1.",
-        *(f"- `{form}`: {words}; {grid.starts} starts per number of heads." for form, words in FORMS.items()),
+        *(f"- `{form}`: {words}." for form, words in FORMS.items()),
+        f"- {grid.starts} starts per number of heads for the first two, at most 5 for the others.",
         f"- {grid.descent_steps} steps of gradient descent, {grid.adam_steps} of Adam (learning rate "
         f"{grid.learning_rate:g}, falling to zero along a cosine); then L-BFGS, Newton's method on the stationarity "
         f"conditions, and at most {grid.max_escapes} times on from a saddle along its negative curvature "

@@ -22,7 +22,7 @@ from cvxnn.experiments.complexity_fits import (
     judge_complexity,
     medians,
 )
-from cvxnn.experiments.markdown import markdown_table
+from cvxnn.experiments.pages import markdown_table, write_page
 from cvxnn.files import write_atomically
 from cvxnn.plotting import COLOURS, MARKERS, panels, write_figure
 
@@ -60,12 +60,8 @@ def write_complexity_report(rows: list[dict[str, Any]], grid: ComplexityGrid, fo
     write_atomically(folder / "exponents.csv", lambda temporary: table.to_csv(temporary, index=False))
     _draw(frame, folder / "complexity.png")
     text = _page(frame, fits, grid)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return ["report.md", "timings.csv", "exponents.csv", "complexity.png"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _draw(frame: pd.DataFrame, path: Path) -> None:

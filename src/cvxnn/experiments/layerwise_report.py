@@ -13,6 +13,7 @@ from cvxnn._version import __version__
 from cvxnn.experiments.layerwise import LAYERWISE_COLUMNS
 from cvxnn.experiments.layerwise_claims import CERTIFIED, layerwise_claims
 from cvxnn.experiments.layerwise_settings import LayerwiseGrid
+from cvxnn.experiments.pages import write_page
 from cvxnn.files import write_atomically
 from cvxnn.plotting import COLOURS, MARKERS, panels, write_figure
 
@@ -71,12 +72,8 @@ def write_layerwise_report(rows: list[dict[str, Any]], grid: LayerwiseGrid, fold
             _draw_costs(costs, folder / "costs.png")
             names.append("costs.png")
     text = _page(frame, costs, rows, grid, names)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return names
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _draw_accuracy(frame: pd.DataFrame, path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from cvxnn._version import __version__
 from cvxnn.experiments.claims import GLOBAL_GAP
 from cvxnn.experiments.complexity_fits import as_dicts
-from cvxnn.experiments.markdown import markdown_table
 from cvxnn.experiments.networks import NETWORKS_SCALES, NetworksGrid
 from cvxnn.experiments.networks_audit import OPTIMAL, VERDICTS
 from cvxnn.experiments.networks_claims import (
@@ -28,6 +27,7 @@ from cvxnn.experiments.networks_claims import (
     trained_frame,
 )
 from cvxnn.experiments.networks_figures import draw_network_figures
+from cvxnn.experiments.pages import markdown_table, write_page
 from cvxnn.files import write_atomically
 
 __all__ = ["networks_summary", "write_networks_report"]
@@ -68,12 +68,8 @@ def write_networks_report(outcomes: list[dict[str, Any]], grid: NetworksGrid, fo
     write_atomically(folder / "networks.csv", lambda temporary: frame.to_csv(temporary, index=False))
     pictures = draw_network_figures(trained_frame(frame), outcomes, grid.n_samples, folder)
     text = _page(frame, grid, pictures)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return ["report.md", "networks.csv", *pictures]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _page(frame: pd.DataFrame, grid: NetworksGrid, pictures: list[str]) -> str:

@@ -26,7 +26,7 @@ from cvxnn.experiments.claims import (
     time_table,
 )
 from cvxnn.experiments.figures import draw_figures
-from cvxnn.experiments.markdown import markdown_table
+from cvxnn.experiments.pages import markdown_table, write_page
 from cvxnn.experiments.spiral import SCALES, SpiralGrid
 from cvxnn.files import write_atomically
 
@@ -86,12 +86,8 @@ def write_report(rows: list[dict[str, Any]], grid: SpiralGrid, folder: Path) -> 
     write_atomically(folder / "runs.csv", lambda temporary: table.to_csv(temporary, index=False))
     pictures = draw_figures(frame, folder, grid.tol)
     text = _page(frame, grid, pictures)
-    write_atomically(folder / "report.md", lambda temporary: _write_text(temporary, text))
+    write_page(folder / "report.md", text)
     return ["report.md", "runs.csv", *pictures]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _timed(frame: pd.DataFrame) -> tuple[str, ...]:
@@ -237,8 +233,8 @@ def _global(summary: Sequence[dict[str, Any]], tol: float) -> str:
         for part in summary
     ]
     header = ("gates", "n", f"certified to {tol:g}", "worst duality gap", "worst true gap", "median s", "longest s")
-    table = markdown_table(header, rows)
-    return f"**{certified} of {total} runs certified** to a relative duality gap of {tol:g}.\n\n{table}"
+    found = f"**{certified} of {total} runs certified** to a relative duality gap of {tol:g}."
+    return f"{found}\n\n{markdown_table(header, rows)}"
 
 
 def _speed(frame: pd.DataFrame, tol: float) -> str:
