@@ -7,7 +7,7 @@ import torch
 import cvxnn
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Huber
-from cvxnn.solvers.ridge import cheaper_side, make_ridge
+from cvxnn.solvers.sides import cheaper_side, make_ridge
 from tests.helpers import LOSSES, NORMS, explicit_matrix, make_data, make_problem, random_blocks
 
 TOLERANCES = {"admm": 1e-6, "interior_point": 1e-6, "fista": 1e-4, "frank_wolfe": 1e-2}

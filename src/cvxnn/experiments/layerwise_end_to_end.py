@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,8 +125,12 @@ def train_small_cnn(
     device: str,
     report: Told,
     epochs: int = 8,
+    limit: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Train the small CNN with Adam (step 0.001, batches of 128); a row per epoch, the time without testing."""
+    """Train the small CNN with Adam (step 0.001, batches of 128); a row per epoch, the time without testing.
+
+    The last epoch is that in which the training has taken `limit` seconds.
+    """
     data = _Data(train, train_labels, test, test_labels, device)
     network = data.network(lambda: small_cnn(train.shape[1], int(train_labels.max()) + 1), seed)
     peak = PeakMemory(data.train.device)
@@ -138,6 +143,8 @@ def train_small_cnn(
         report({"stage": "small CNN", "epoch": epoch, "loss": loss, "seconds": seconds})
         facts = {"stage": None, "status": "max_iter", "seconds": seconds, "epochs": epoch}
         rows.append(data.row(network) | facts | {"peak_gib": peak.bytes / 2**30})
+        if seconds >= limit:
+            break
     return rows
 
 

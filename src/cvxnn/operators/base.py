@@ -50,6 +50,8 @@ class Operator(ABC):
     group: Group | None = None
     #: Whether hidden outputs and features of any samples can be had here.
     has_rows: bool = True
+    #: Whether :meth:`kernel_columns` is there, at a cost far below that of the kernel.
+    has_kernel_columns: bool = False
     dtype: torch.dtype
     device: torch.device
 
@@ -253,6 +255,10 @@ class Operator(ABC):
     @abstractmethod
     def kernel(self) -> torch.Tensor:
         """The n x n matrix of A A* for one output (math section 5)."""
+
+    def kernel_columns(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The columns (n, m) of :meth:`kernel` of some samples, where `has_kernel_columns`."""
+        raise NotImplementedError
 
     @abstractmethod
     def features(self, rows: slice) -> torch.Tensor:

@@ -45,6 +45,7 @@ class MLPOperator(Operator):
     """
 
     architecture = "mlp"
+    has_kernel_columns = True
 
     def __init__(
         self,
@@ -122,11 +123,17 @@ class MLPOperator(Operator):
             for rows in self._batches:
                 flat.addmm_(self.features(rows).T, L[rows])
             return flat.view(n_gates, d, c)
-        flat = L.new_zeros(d, n_gates * c)
+        return self._masked_blocks(L, slice(0, n_gates))
+
+    def _masked_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
+        """Blocks of some gates as one product of X with the masked outputs of all of them."""
+        _, d, c = self.block_shape
+        count = gates.stop - gates.start
+        flat = L.new_zeros(d, count * c)
         for rows in self._batches:
-            masked = self._mask[rows].unsqueeze(2) * L[rows].unsqueeze(1)
+            masked = self._mask[rows, gates].unsqueeze(2) * L[rows].unsqueeze(1)
             flat.addmm_(self.X[rows].T, masked.flatten(1))
-        return flat.view(d, n_gates, c).permute(1, 0, 2)
+        return flat.view(d, count, c).permute(1, 0, 2)
 
     def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
         n_gates, d, c = self.block_shape
@@ -135,6 +142,8 @@ class MLPOperator(Operator):
             return self.adjoint(L)
         if d * c <= _FEW_PRODUCTS:
             return self._dense_blocks(L, start, stop)
+        if not self._mask_inputs and stop > start:
+            return self._masked_blocks(L, slice(start, stop))
         blocks = L.new_zeros(stop - start, d, c)
         for k in range(start, stop):
             active = self.patterns[:, k].nonzero()[:, 0]
@@ -222,12 +231,18 @@ class MLPOperator(Operator):
         return 4 * (self.block_shape[1] + self.n_gates) * eps * self._norm * blocks
 
     def kernel(self) -> torch.Tensor:
-        n = self.n_samples
-        K = self.X.new_empty(n, n)
-        for rows in row_batches(n, n * self.X.element_size()):
-            torch.mm(self.X[rows], self.X.T, out=K[rows])
-            if self._patterns is not None:
-                K[rows] *= self._mask[rows] @ self._mask.T
+        return self._kernel_with(self.X, None if self._patterns is None else self._mask)
+
+    def kernel_columns(self, chosen: torch.Tensor) -> torch.Tensor:
+        return self._kernel_with(self.X[chosen], None if self._patterns is None else self._mask[chosen])
+
+    def _kernel_with(self, X: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Entries (n, m) of the kernel for all samples with m of them."""
+        K = self.X.new_empty(self.n_samples, len(X))
+        for rows in row_batches(self.n_samples, len(X) * self.X.element_size()):
+            torch.mm(self.X[rows], X.T, out=K[rows])
+            if mask is not None:
+                K[rows] *= self._mask[rows] @ mask.T
         return K
 
     def feature_batches(self) -> list[slice]:

@@ -49,6 +49,7 @@ class StreamedMLPOperator(MLPOperator):
     """
 
     passes_are_dear = True
+    has_kernel_columns = False
     X: Rows  # type: ignore[assignment]
 
     def __init__(self, X: Rows, n_outputs: int, gates: object = None, bits: PatchBits | None = None) -> None:

@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 import torch
 
 from cvxnn.certificates import relative_gap
+from cvxnn.errors import UnsupportedError
 from cvxnn.memory import available_bytes
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
-from cvxnn.solvers.ridge import FeatureRidge, cheaper_side, make_ridge
+from cvxnn.solvers.ridge import FeatureRidge
+from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_integer, check_positive
 
-__all__ = ["Admm", "available_bytes", "factor_bytes"]
+__all__ = ["Admm", "AdmmOptions", "available_bytes"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class AdmmOptions:
         Balance the primal and dual residuals by changing the penalties.
     memory : int
         Length of the Anderson acceleration; 0 for plain ADMM.
-    side : {"auto", "samples", "features"}
-        Factor the n x n kernel or the (P p) x (P p) Gram matrix; "auto" counts operations.
+    side : {"auto", "samples", "features", "iterative"}
+        Factor the n x n kernel or the (P p) x (P p) Gram matrix, or solve with the kernel by conjugate gradients,
+        which forms neither. "auto" counts operations, and takes the last where the matrices do not fit in memory.
     """
 
     relaxation: float = 1.7
@@ -46,17 +49,8 @@ class AdmmOptions:
     def __post_init__(self) -> None:
         check_positive(self.rho, "rho", allow_none=True)
         check_integer(self.memory, "memory", minimum=0)
-        check_choice(self.side, "side", ("auto", "samples", "features"))
+        check_choice(self.side, "side", ("auto", *SIDES))
         check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
-
-
-def factor_bytes(problem: Problem, side: str | None = None) -> int:
-    """Memory of the two square matrices on the given side (default: the cheaper) and of the acceleration."""
-    op = problem.operator
-    side = side or cheaper_side(op, problem.loss.name == "squared")
-    order = op.n_samples if side == "samples" else op.n_features
-    unknowns = op.n_features * op.n_outputs + (0 if problem.loss.name == "squared" else problem.Y.numel())
-    return 2 * (order**2 + AdmmOptions.memory * unknowns) * problem.Y.element_size()
 
 
 class Admm(Solver):
@@ -77,8 +71,9 @@ class Admm(Solver):
     def unsupported(cls, problem: Problem) -> str | None:
         if not problem.norm.has_prox:
             return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
-        needed = factor_bytes(problem)
-        if needed > 0.8 * available_bytes(problem.device):
+        side = choose_side(problem, AdmmOptions.memory)
+        if not fits(problem, side, AdmmOptions.memory):
+            needed = factor_bytes(problem, side, AdmmOptions.memory)
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'fista'"
         return None
 
@@ -92,7 +87,12 @@ class Admm(Solver):
         problem = self.problem
         side = self.options.side
         if side == "auto":
-            side = cheaper_side(self.op, self.squared)
+            side = choose_side(problem, self.options.memory)
+        if side == "iterative" and not self.op.has_kernel_columns:
+            raise UnsupportedError(
+                "side='iterative' needs columns of the kernel, which are there for perceptrons with X in memory only; "
+                "use 'samples' or 'features'"
+            )
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
         self.sigma = float(self.weights.max()) * problem.loss.smoothness
         step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
@@ -240,6 +240,7 @@ class Admm(Solver):
         extra = {} if self.anderson is None else self.anderson.state()
         return {
             **{f"anderson.{name}": value for name, value in extra.items()},
+            **{f"ridge.{name}": value for name, value in self.ridge.state().items()},
             "W": self.W,
             "U": self.U,
             "T": self.T,
@@ -251,13 +252,18 @@ class Admm(Solver):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        prefix = "anderson."
+        parts: dict[str, dict[str, Any]] = {"anderson": {}, "ridge": {}}
         for name, value in state.items():
-            if not name.startswith(prefix):
+            owner, _, rest = name.partition(".")
+            if rest:
+                parts[owner][rest] = value
+            else:
                 setattr(self, name, value)
         if self.anderson is not None:
-            self.anderson.load_state({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+            self.anderson.load_state(parts["anderson"])
         self._refactor(not self.squared)
+        if parts["ridge"]:
+            self.ridge.load_state(parts["ridge"])
 
 
 def _balance(Z: torch.Tensor, W: torch.Tensor, last_W: torch.Tensor, U: torch.Tensor, tolerated: float) -> float:

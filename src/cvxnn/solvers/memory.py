@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from cvxnn.memory import check_memory, in_words
 from cvxnn.problem import Problem
-from cvxnn.solvers.admm import factor_bytes
+from cvxnn.solvers.admm import AdmmOptions
 from cvxnn.solvers.burer_monteiro.base import MAX_DEFAULT_RANK
+from cvxnn.solvers.sides import choose_side, factor_bytes
 
 __all__ = ["check_solver_memory", "needed_bytes"]
 
@@ -25,7 +26,7 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
     solver : str
     rank : int, optional
         Columns per gate of the solvers on factors; by default what they take.
-    side : {"samples", "features"}, optional
+    side : {"samples", "features", "iterative"}, optional
         Of ADMM.
     """
     op = problem.operator
@@ -38,7 +39,10 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
         return common + _OF_FACTORS[solver] * n_gates * m * (p + q) * width
     if solver not in _OF_BLOCKS:
         return None
-    factorisation = factor_bytes(problem, None if side == "auto" else side) if solver == "admm" else 0
+    factorisation = 0
+    if solver == "admm":
+        chosen = choose_side(problem, AdmmOptions.memory) if side in (None, "auto") else side
+        factorisation = factor_bytes(problem, chosen, AdmmOptions.memory)
     # A certificate has the blocks of the point in float64.
     return common + factorisation + n_gates * p * q * (_OF_BLOCKS[solver] * size + 16)
 

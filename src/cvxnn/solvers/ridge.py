@@ -12,7 +12,15 @@ import torch
 from cvxnn.operators import Operator
 from cvxnn.operators.symmetric import add_product
 
-__all__ = ["FeatureRidge", "KernelRidge", "Ridge", "RidgeSolution", "cheaper_side", "make_ridge"]
+__all__ = [
+    "FeatureRidge",
+    "KernelRidge",
+    "Ridge",
+    "RidgeSolution",
+    "cholesky",
+    "conjugate_gradients",
+    "solve_factored",
+]
 
 
 @dataclass
@@ -72,6 +80,13 @@ class Ridge(ABC):
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         """The minimiser for given B and C; the residual only where wanted or free."""
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next steps depend on besides the factorisation."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:  # noqa: B027
+        """Go on from what :meth:`state` returned."""
+
 
 class KernelRidge(Ridge):
     """Through the n x n kernel: I + diag(sqrt a) K diag(sqrt a) / rho is factored."""
@@ -89,7 +104,7 @@ class KernelRidge(Ridge):
         scale = float(self._kernel.diagonal().mean())
         if not scale > 0:
             return 0.0
-        fit = _conjugate_gradients(self._kernel, scale, target)
+        fit = conjugate_gradients(lambda x: self._kernel @ (x / scale), target)
         return math.sqrt(max(0.0, float((fit * (self._kernel @ (fit / scale))).sum()))) / math.sqrt(scale)
 
     def set_weights(self, weights: torch.Tensor) -> None:
@@ -99,14 +114,14 @@ class KernelRidge(Ridge):
     def factor(self, rho: float) -> None:
         self.rho = rho
         scale = (self._root[0] ** 2 if self._uniform else self._root * self._root.T) / rho
-        self._factor = _cholesky(lambda system: torch.mul(self._kernel, scale, out=system.mT), 1.0, self._factor)
+        self._factor = cholesky(lambda system: torch.mul(self._kernel, scale, out=system.mT), 1.0, self._factor)
         if self.intercept:
-            self._ones = self._root * _solve(self._factor, self._root)
+            self._ones = self._root * solve_factored(self._factor, self._root)
             self._total = self._ones.sum()
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         gap = C - self.operator.apply(B)
-        residual = self._root * _solve(self._factor, self._root * gap)
+        residual = self._root * solve_factored(self._factor, self._root * gap)
         if self.intercept:
             residual -= self._ones * (residual.sum(0) / self._total)
         return RidgeSolution(B + self.operator.adjoint(residual) / self.rho, residual)
@@ -157,16 +172,16 @@ class FeatureRidge(Ridge):
         scale, size = float(self._gram.diagonal().sum()) / len(C), float(right.abs().max())
         if not (scale > 0 and size > 0):
             return 0.0
-        fit = _conjugate_gradients(self._gram, scale, right / size)
+        fit = conjugate_gradients(lambda x: self._gram @ (x / scale), right / size)
         return float(torch.linalg.vector_norm(fit)) * (size / scale)
 
     def factor(self, rho: float) -> None:
         self.rho = rho
-        self._factor = _cholesky(lambda system: system.mT.copy_(self._gram), rho, self._factor)
+        self._factor = cholesky(lambda system: system.mT.copy_(self._gram), rho, self._factor)
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         flat = self._products(C) + self.rho * self.operator.flatten(B)
-        Z = self.operator.unflatten(_solve(self._factor, flat))
+        Z = self.operator.unflatten(solve_factored(self._factor, flat))
         return RidgeSolution(Z, self.residual(Z, C) if want_residual else None)
 
     def dual_values(self, Z: torch.Tensor) -> tuple[torch.Tensor, ResidualNorms]:
@@ -189,7 +204,7 @@ class FeatureRidge(Ridge):
         return self._weights * gap
 
 
-def _cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:
+def cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:
     """Cholesky factor of a symmetric matrix plus shift I, in place; fill(buffer) writes the matrix.
 
     Where rounding has made it indefinite, the shift is raised: the step is then solved inexactly, which the
@@ -209,18 +224,20 @@ def _cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torc
     raise torch.linalg.LinAlgError("the system of the quadratic step is not positive definite")
 
 
-def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def solve_factored(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Two triangular solves; unlike ``torch.cholesky_solve`` they do not copy the factor."""
     half = torch.linalg.solve_triangular(factor, right, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """A few steps towards (matrix / scale + 1e-3 I)^-1 right, for an estimate of its size."""
+def conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, steps: int = 5
+) -> torch.Tensor:
+    """A few steps towards (M + 1e-3 I)^-1 right, for an estimate of its size; M through its products."""
     x, residual = torch.zeros_like(right), right
     direction, size = right, float(right.square().sum())
     for _ in range(steps):
-        image = matrix @ (direction / scale) + 1e-3 * direction
+        image = product(direction) + 1e-3 * direction
         curvature = float((direction * image).sum())
         if not (size > 0 and curvature > 0):
             break
@@ -229,25 +246,3 @@ def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor
         previous, size = size, float(residual.square().sum())
         direction = residual + (size / previous) * direction
     return x
-
-
-def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
-    """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
-    if not operator.has_rows:
-        return "features"
-    n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
-    passes = 4.0 * n * features * c
-    samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
-    samples += iterations * (passes + 2.0 * n**2 * c)
-    gram = n * features**2 + features**3 / 3
-    gram += iterations * ((0.0 if constant_target else passes) + 2.0 * features**2 * c)
-    return "samples" if samples <= gram else "features"
-
-
-def make_ridge(
-    side: str, operator: Operator, weights: torch.Tensor, intercept: bool, target: torch.Tensor | None = None
-) -> Ridge:
-    """The quadratic step on the given side; `target` is its C where that is constant."""
-    if side == "samples":
-        return KernelRidge(operator, weights, intercept)
-    return FeatureRidge(operator, weights, intercept, target)

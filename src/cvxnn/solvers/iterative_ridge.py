@@ -1,0 +1,128 @@
+"""The quadratic step of ADMM by conjugate gradients, where no square matrix fits in memory (math section 5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cvxnn.operators import Operator
+from cvxnn.operators.base import row_batches
+from cvxnn.operators.symmetric import add_product
+from cvxnn.solvers.ridge import Ridge, RidgeSolution, cholesky, conjugate_gradients, solve_factored
+
+__all__ = ["IterativeRidge", "n_landmarks"]
+
+#: Samples whose columns of the kernel make the preconditioner, and numbers of all of them at most (2 GiB in float32).
+_LANDMARKS = 2000
+_MOST_NUMBERS = 2**29
+#: A step ends where the residual of its system is below this times that of its start, which is the last step's point.
+_REDUCTION = 0.1
+_LIMIT = 50
+
+
+def n_landmarks(n_samples: int) -> int:
+    """Columns of the kernel that the preconditioner is made of."""
+    return min(n_samples, _LANDMARKS, max(1, _MOST_NUMBERS // n_samples))
+
+
+class IterativeRidge(Ridge):
+    """Through products with the kernel K = A A*, each an adjoint and an application of the operator.
+
+    The system is (I + diag(sqrt a) K diag(sqrt a) / rho) x = diag(sqrt a) (C - A(B)), with x orthogonal to sqrt a
+    where there is an intercept. Conjugate gradients start at the last solution, as those of two steps are close. They
+    are preconditioned by a Nystrom approximation K_S K_SS^-1 K_S^T of the kernel (as CRONOS does; Feng, Frangella,
+    Pilanci 2024), from the columns K_S of some samples: few eigenvalues of K are above rho.
+    """
+
+    def __init__(self, operator: Operator, weights: torch.Tensor, intercept: bool) -> None:
+        self._low_rank = _nystrom(operator, weights)
+        n, c = operator.n_samples, operator.n_outputs
+        #: The last solution x, A*(sqrt a x), and the application of A to it.
+        self.x = weights.new_zeros(n, c)
+        self.blocks = weights.new_zeros(operator.block_shape)
+        self.image = weights.new_zeros(n, c)
+        self._root = weights.sqrt().unsqueeze(1)
+        super().__init__(operator, weights, intercept)
+
+    @property
+    def order(self) -> int:
+        return self._low_rank.shape[1]
+
+    def set_weights(self, weights: torch.Tensor) -> None:
+        root = weights.sqrt().unsqueeze(1)
+        # The multiplier sqrt a x stays.
+        self.x = torch.where(root > 0, self.x * (self._root / root), 0.0)
+        self._root = root
+        self._total = weights.sum()
+        self._gram = weights.new_zeros(self.order, self.order)
+        for rows in row_batches(len(weights), self.order * weights.element_size()):
+            add_product(self._gram, self._low_rank[rows] * root[rows])
+
+    def fit_norm(self, C: torch.Tensor) -> float:
+        target = C - C.mean(0) if self.intercept else C
+        scale = float(self._low_rank.square().sum()) / len(C)
+        if not scale > 0:
+            return 0.0
+        fit = conjugate_gradients(lambda x: self._low_rank @ (self._low_rank.T @ (x / scale)), target)
+        return math.sqrt(float((self._low_rank.T @ fit).square().sum())) / scale
+
+    def factor(self, rho: float) -> None:
+        self.rho = rho
+        self._factor = cholesky(lambda system: torch.div(self._gram, rho, out=system.mT), 1.0, self._factor)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        """The part that is orthogonal to sqrt a, where there is an intercept."""
+        return x - self._root * ((self._root * x).sum(0) / self._total) if self.intercept else x
+
+    def _preconditioned(self, r: torch.Tensor) -> torch.Tensor:
+        inner = solve_factored(self._factor, self._low_rank.T @ (self._root * r))
+        return self._centred(r - self._root * (self._low_rank @ inner) / self.rho)
+
+    def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
+        target = self._centred(self._root * (C - self.operator.apply(B)))
+        residual = target - self.x - self._centred(self._root * self.image) / self.rho
+        rounding = 10 * torch.finfo(C.dtype).eps * float(torch.linalg.vector_norm(target))
+        goal = max(rounding, _REDUCTION * float(torch.linalg.vector_norm(residual)))
+        direction, inner = torch.zeros_like(residual), torch.ones_like(residual[0])
+        for _ in range(_LIMIT):
+            if not float(torch.linalg.vector_norm(residual)) > goal:
+                break
+            z = self._preconditioned(residual)
+            new = (residual * z).sum(0)
+            direction = z + direction * (new / inner)
+            inner = new
+            blocks = self.operator.adjoint(self._root * direction)
+            image = self.operator.apply(blocks)
+            curved = direction + self._centred(self._root * image) / self.rho
+            bend = (direction * curved).sum(0)
+            length = torch.where(bend > 0, inner / bend, 0.0)
+            inner = torch.where(inner > 0, inner, 1.0)
+            self.x = self.x + length * direction
+            self.image = self.image + length * image
+            self.blocks = self.blocks + self.operator.unflatten(self.operator.flatten(blocks) * length)
+            residual = residual - length * curved
+        return RidgeSolution(B + self.blocks / self.rho, self._root * self.x)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"x": self.x, "blocks": self.blocks, "image": self.image}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.x, self.blocks, self.image = state["x"], state["blocks"], state["image"]
+
+
+def _nystrom(operator: Operator, weights: torch.Tensor) -> torch.Tensor:
+    """L (n, m) with L L^T = K_S K_SS^-1 K_S^T, for samples S that are drawn evenly among those with a weight."""
+    generator = torch.Generator().manual_seed(0)
+    used = weights.nonzero()[:, 0].cpu()
+    chosen = used[torch.randperm(len(used), generator=generator)[: n_landmarks(len(weights))]].to(weights.device)
+    columns = operator.kernel_columns(chosen)
+    core = columns[chosen].double()
+    core = (core + core.T) / 2
+    # Rounding of the columns is what limits the smallest eigenvalues.
+    jitter = 10 * len(core) * torch.finfo(columns.dtype).eps * float(core.diagonal().mean())
+    factor = cholesky(lambda system: system.mT.copy_(core), max(jitter, torch.finfo(core.dtype).tiny), core.clone().mT)
+    lower = factor.to(columns.dtype)
+    for rows in row_batches(len(columns), columns.shape[1] * columns.element_size()):
+        columns[rows] = torch.linalg.solve_triangular(lower.mT, columns[rows], upper=True, left=False)
+    return columns

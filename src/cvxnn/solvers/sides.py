@@ -1,0 +1,65 @@
+"""How ADMM solves its quadratic step: which matrix is factored, or none, and what that takes."""
+
+from __future__ import annotations
+
+import torch
+
+from cvxnn.memory import available_bytes
+from cvxnn.operators import Operator
+from cvxnn.problem import Problem
+from cvxnn.solvers.iterative_ridge import IterativeRidge, n_landmarks
+from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
+
+__all__ = ["SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge"]
+
+SIDES = ("samples", "features", "iterative")
+#: Part of the free memory that the matrices may take.
+_SHARE = 0.8
+
+
+def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
+    """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
+    if not operator.has_rows:
+        return "features"
+    n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
+    passes = 4.0 * n * features * c
+    samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
+    samples += iterations * (passes + 2.0 * n**2 * c)
+    gram = n * features**2 + features**3 / 3
+    gram += iterations * ((0.0 if constant_target else passes) + 2.0 * features**2 * c)
+    return "samples" if samples <= gram else "features"
+
+
+def factor_bytes(problem: Problem, side: str, memory: int) -> int:
+    """Memory of the matrices on a side, and of the acceleration of a length."""
+    op = problem.operator
+    if side == "iterative":
+        numbers = n_landmarks(op.n_samples) * (op.n_samples + 4 * n_landmarks(op.n_samples))
+    else:
+        numbers = 2 * (op.n_samples if side == "samples" else op.n_features) ** 2
+    unknowns = op.n_features * op.n_outputs + (0 if problem.loss.name == "squared" else problem.Y.numel())
+    return (numbers + 2 * memory * unknowns) * problem.Y.element_size()
+
+
+def fits(problem: Problem, side: str, memory: int) -> bool:
+    """Whether a side fits in the memory that is free."""
+    return factor_bytes(problem, side, memory) <= _SHARE * available_bytes(problem.device)
+
+
+def choose_side(problem: Problem, memory: int) -> str:
+    """The cheaper side to factor; conjugate gradients where that does not fit in memory."""
+    side = cheaper_side(problem.operator, problem.loss.name == "squared")
+    if problem.operator.has_kernel_columns and not fits(problem, side, memory):
+        return "iterative"
+    return side
+
+
+def make_ridge(
+    side: str, operator: Operator, weights: torch.Tensor, intercept: bool, target: torch.Tensor | None = None
+) -> Ridge:
+    """The quadratic step on the given side; `target` is its C where that is constant."""
+    if side == "samples":
+        return KernelRidge(operator, weights, intercept)
+    if side == "iterative":
+        return IterativeRidge(operator, weights, intercept)
+    return FeatureRidge(operator, weights, intercept, target)
