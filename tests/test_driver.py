@@ -149,6 +149,7 @@ def test_trace(solver):
 RESUMED = {
     "admm-squared": ("admm", {}, 40, 100),
     "admm-features": ("admm", {"solver_options": {"side": "features"}}, 40, 100),
+    "admm-iterative": ("admm", {"solver_options": {"side": "iterative"}}, 40, 100),
     "admm-plain": ("admm", {"solver_options": {"memory": 0}}, 40, 100),
     "admm-cross-entropy": ("admm", {"loss": "cross_entropy", "output_bias": True}, 40, 100),
     "fista": ("fista", {}, 40, 100),

@@ -52,8 +52,8 @@ SOLVERS: dict[str, type[Solver]] = {
 def choose_solver(problem: Problem) -> str:
     """What ``solver="auto"`` takes.
 
-    "admm" wherever its factorisation fits in memory, "fista" where it does not, and "frank_wolfe" for
-    norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
+    "admm" wherever its factorisation fits in memory or can be done without (perceptrons with X in memory), "fista"
+    elsewhere, and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
     """
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
     for name in names:
@@ -85,8 +85,8 @@ def solve(
     problem : Problem
     solver : {"auto", "admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", \
             "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
-        "auto" takes ADMM where its factorisation fits in memory, otherwise FISTA; Frank-Wolfe for norms
-        without a prox.
+        "auto" takes ADMM where its factorisation fits in memory or can be done without, otherwise FISTA;
+        Frank-Wolfe for norms without a prox.
     rank : int, optional
         Number of columns per gate of a Burer-Monteiro factorisation: fixed, except in "bm_global", which starts
         with it. None leaves it to the solver; the convex solvers take None only.
