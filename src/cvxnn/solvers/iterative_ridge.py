@@ -64,8 +64,8 @@ class IterativeRidge(Ridge):
         scale = float(self._low_rank.square().sum()) / len(C)
         if not scale > 0:
             return 0.0
-        fit = conjugate_gradients(lambda x: self._low_rank @ (self._low_rank.T @ (x / scale)), target)
-        return math.sqrt(float((self._low_rank.T @ fit).square().sum())) / scale
+        fit = conjugate_gradients(lambda x: self._pushed(self._pulled(x / scale)), target)
+        return math.sqrt(float(self._pulled(fit).square().sum())) / scale
 
     def factor(self, rho: float) -> None:
         self.rho = rho
@@ -76,8 +76,16 @@ class IterativeRidge(Ridge):
         return x - self._root * ((self._root * x).sum(0) / self._total) if self.intercept else x
 
     def _preconditioned(self, r: torch.Tensor) -> torch.Tensor:
-        inner = solve_factored(self._factor, self._low_rank.T @ (self._root * r))
-        return self._centred(r - self._root * (self._low_rank @ inner) / self.rho)
+        inner = solve_factored(self._factor, self._pulled(self._root * r))
+        return self._centred(r - self._root * self._pushed(inner) / self.rho)
+
+    def _pulled(self, x: torch.Tensor) -> torch.Tensor:
+        """L^T x for the factor L of the approximation: with x as short rows this is several times faster."""
+        return (x.T.contiguous() @ self._low_rank).T
+
+    def _pushed(self, w: torch.Tensor) -> torch.Tensor:
+        """L w, in the same way."""
+        return (w.T.contiguous() @ self._low_rank.T).T
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         target = self._centred(self._root * (C - self.operator.apply(B)))
