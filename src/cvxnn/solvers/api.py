@@ -53,7 +53,8 @@ def choose_solver(problem: Problem) -> str:
     """What ``solver="auto"`` takes.
 
     "admm" wherever its factorisation fits in memory or can be done without (perceptrons with X in memory), "fista"
-    elsewhere, and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
+    elsewhere, and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with
+    several.
     """
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
     for name in names:
