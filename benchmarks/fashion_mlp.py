@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1e-2, help="beta over beta_max")
     parser.add_argument("--tol", type=float, default=1e-3)
     parser.add_argument("--solver", default="auto")
-    parser.add_argument("--options", default="{}", help="options of the solver as JSON")
+    parser.add_argument("--options", default='{"side": "iterative"}', help="options of the solver as JSON")
     parser.add_argument("--time-limit", type=float, default=1800)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-seconds", type=float, help="time for each of the others; that of the solver by default")
