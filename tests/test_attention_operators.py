@@ -9,7 +9,7 @@ from cvxnn.columns import Columns
 from cvxnn.dual_norms import gate_dual_norms
 from cvxnn.factored import FactoredLoss
 from cvxnn.norms import get_norm
-from cvxnn.operators import attention, attention_kernel, base
+from cvxnn.operators import attention, attention_kernel, base, heads, key_products
 from cvxnn.solvers.burer_monteiro import grams
 from tests.attention_reference import MASKS, as_columns, make_attention
 
@@ -46,11 +46,14 @@ def blocks_of(op, columns):
 def sizes(request, monkeypatch):
     """Everything at once, or gates, rows of blocks, sequences and tiles of the kernel in small parts."""
     if request.param != "whole":
-        monkeypatch.setattr(attention, "_CACHE_BYTES", 0)
+        monkeypatch.setattr(key_products, "_CACHE_BYTES", 0)
+        monkeypatch.setattr(attention, "_SUM_BYTES", 0)
     if request.param == "parts":
         monkeypatch.setattr(attention, "_BLOCK_BYTES", 300)
         monkeypatch.setattr(attention, "_SLAB_BYTES", 100)
-        monkeypatch.setattr(attention, "_BATCH_BYTES", 2_000)
+        monkeypatch.setattr(attention, "_FEATURE_BYTES", 8_000)
+        monkeypatch.setattr(key_products, "_BATCH_BYTES", 2_000)
+        monkeypatch.setattr(heads, "_BATCH_BYTES", 2_000)
         monkeypatch.setattr(attention_kernel, "_TILE_BYTES", 8 * 15**2)
 
 
