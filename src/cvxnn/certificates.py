@@ -170,6 +170,16 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
     return math.sqrt(float(left.square().sum() + right.square().sum()) / size) / beta
 
 
+def _block_stationarity(problem: Problem, Z: torch.Tensor, nu: torch.Tensor) -> float:
+    """Relative residual of (68), (69) for the balanced singular pairs of blocks Z, not zero, from the blocks of A*."""
+    beta = problem.beta
+    G = problem.operator.double().adjoint(nu)
+    left, values, right = torch.linalg.svd(Z, full_matrices=False)
+    first, second = G @ right.mT + beta * left, G.mT @ left + beta * right.mT
+    squares = first.square().sum(1) + second.square().sum(1)
+    return math.sqrt(float((values * squares).sum() / values.sum()) / 2) / beta
+
+
 def certify(
     problem: Problem,
     Z: Any = None,
@@ -248,7 +258,7 @@ def _stationarity(problem: Problem, point: Evaluation, nu: torch.Tensor) -> floa
     elif point.penalty == 0 or point.Z is None:
         residual = 0.0
     elif problem.norm.name == "nuclear":
-        residual = _factor_stationarity(problem, Columns.from_blocks(point.Z), nu)
+        residual = _block_stationarity(problem, point.Z, nu)
     else:
         blocks = problem.operator.double().adjoint(nu)
         gap = problem.beta * problem.norm.value(point.Z)[1] + (blocks * point.Z).sum((1, 2))
