@@ -17,6 +17,7 @@ from cvxnn.operators.heads import Heads
 from cvxnn.operators.key_products import KeyProducts
 from cvxnn.operators.pairs import allowed_pairs, gate_vectors, pair_bits, pair_rows
 from cvxnn.operators.passes import batches_of
+from cvxnn.operators.pooled_products import PooledProducts
 from cvxnn.operators.queries import Queries
 from cvxnn.operators.token_sizes import TokenSizes
 from cvxnn.operators.tokens import read_tokens
@@ -56,12 +57,15 @@ class AttentionOperator(Operator):
         M o D_k with D_k[t, t'] = 1{x_t^T H_k x_t' >= 0}, (n, m s, P); computed in float64 where not given.
     activation : {"gated_relu", "relu"}
         Of a network with gates; without gates it is "linear".
+    keep : bool
+        Whether features may stay in memory, for further passes.
 
     Notes
     -----
     With G_k(t) = X^T diag(M D_k)[t, :] X (d x d) the features of a token are the products x_t[a] G_k(t)[k, l], and
     those of all P d^3 are not formed: A and A* are two matrix products. Where all valid tokens see one another in a
-    linear network, G is one matrix per sequence, and the mean over tokens one of its inputs (math section 2).
+    linear network, G is one matrix per sequence, and the mean over tokens one of its inputs (math section 2). Where
+    rows are sums over tokens that differ in what they see, features of sequences are kept (:class:`PooledProducts`).
     """
 
     architecture = "attention"
@@ -75,6 +79,7 @@ class AttentionOperator(Operator):
         gates: np.ndarray | None = None,
         bits: PatchBits | None = None,
         activation: str = "gated_relu",
+        keep: bool = True,
     ) -> None:
         self.tokens = tokens
         self.dtype, self.device = tokens.dtype, tokens.device
@@ -90,6 +95,7 @@ class AttentionOperator(Operator):
             bits = pair_bits(tokens, queries, gates, allowed)
         #: M o D_k; for a linear network M.
         self.bits = allowed if gates is None else bits
+        self._keep = keep
 
     @cached_property
     def inner(self) -> Queries:
@@ -151,7 +157,17 @@ class AttentionOperator(Operator):
     @cached_property
     def key_products(self) -> KeyProducts:
         """Products G of keys."""
-        return KeyProducts(self.tokens, self.inner.shape[1], self.bits)
+        keep = self._keep and not (self._pooled is not None and self._pooled.are_kept)
+        return KeyProducts(self.tokens, self.inner.shape[1], self.bits, keep)
+
+    @cached_property
+    def _pooled(self) -> PooledProducts | None:
+        """Features of sequences, where rows are sums over tokens and these differ in what they see."""
+        if self.bits is None or self.rows.weights is None:
+            return None
+        queries = self.rows.weights.to(self.dtype).unsqueeze(2) * self.queries
+        pooled = PooledProducts(self.tokens, queries, self.bits, self._keep)
+        return pooled if pooled.fit else None
 
     @cached_property
     def _heads(self) -> Heads:
@@ -178,6 +194,8 @@ class AttentionOperator(Operator):
         n_gates, d, c = self.n_gates, self.dim, self.n_outputs
         if not bool(Z.any()):
             return Z.new_zeros(self.n_samples, c)
+        if self._pooled is not None:
+            return self._pooled.apply(Z, c)
         blocks = Z.reshape(n_gates, d, d, d, c)
         each = self.key_products.each
         parts = []
@@ -202,6 +220,8 @@ class AttentionOperator(Operator):
         return self.adjoint_blocks(L, slice(None))
 
     def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
+        if self._pooled is not None:
+            return self._pooled.adjoint(L, gates)
         start, stop, _ = gates.indices(self.n_gates)
         d = self.dim
         blocks = L.new_empty(stop - start, d, d, d, self.n_outputs)
@@ -252,27 +272,15 @@ class AttentionOperator(Operator):
     def unit_energies(self, gate: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.bits is not None:
             return super().unit_energies(gate, weights)
-        d = self.dim
-        energies = weights.new_zeros(d, d)
-        for sequences in self._sequence_batches(1, d):
-            rows = self.inner.rows_of(sequences)
-            spread = self.inner.spread(weights[rows], sequences, self.inner.sequences(rows)[1])
-            queries = (self.queries[sequences].square() * spread.unsqueeze(2)).sum(1)
-            products = self.key_products(sequences, slice(None), slice(None))[:, 0]
-            energies.addmm_(products.square().sum(2).T, queries)
-        return energies.flatten() / d
+        return self._heads.unit_energies(weights)
 
     def network_outputs(self, columns: Columns) -> torch.Tensor:
         if self.activation != "relu":
             return self.apply_columns(columns)
         used = columns.without_zeros()
         weights = self.split_right(used.v)
-        outputs = []
-        for rows in self.column_batches(len(used)):
-            sequences, places = self.inner.sequences(rows)
-            allowed = self._sizes.allowed_pairs(sequences).unsqueeze(2).to(self.dtype)
-            outputs.append(self._heads.outputs(used.u, sequences, places, allowed, relu=True) @ weights)
-        return torch.cat(outputs)
+        batches = self.column_batches(len(used))
+        return torch.cat([self._heads.relu(used.u, rows, self._sizes.allowed_pairs) @ weights for rows in batches])
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -338,14 +346,13 @@ class AttentionOperator(Operator):
         return rows, self.patterns[sequence, query, key]
 
     def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
-        sequence, query, key = self._sizes.pairs()
-        everything = slice(0, len(self.tokens))
-        norms = self.rows.spread(nu.norm(dim=1), everything, None if self.rows.pooled else self.rows.places)
-        return norms[sequence, query] * self.tokens.norm(dim=2)[sequence, key]
+        return self._sizes.row_sizes(nu)
 
     # -- kernel and features ------------------------------------------------------------------------------------
 
     def kernel(self) -> torch.Tensor:
+        if self._pooled is not None and self._pooled.are_kept:
+            return self._pooled.kernel()
         return attention_kernel(self)
 
     def features(self, rows: slice) -> torch.Tensor:
@@ -369,8 +376,6 @@ class AttentionOperator(Operator):
         batches = row_batches(len(self.tokens), 2 * m * self.n_features * self.tokens.element_size(), _FEATURE_BYTES)
         return [self.inner.rows_of(sequences) for sequences in batches]
 
-    # -- the rest -----------------------------------------------------------------------------------------------
-
     def predict(self, Z: torch.Tensor, X: np.ndarray, mask: Any = None) -> torch.Tensor:
         """Predictions of blocks Z for new tokens X (n, s, d); with a mask of pairs in training one is wanted here."""
         array, found = read_tokens(X, mask, "X")
@@ -382,7 +387,8 @@ class AttentionOperator(Operator):
         allowed = None
         if self.gates is not None or found.pairs is not None:
             allowed = allowed_pairs(found)
-        return AttentionOperator(tokens, queries, self.n_outputs, allowed, self.gates, None, self.activation).apply(Z)
+        new = AttentionOperator(tokens, queries, self.n_outputs, allowed, self.gates, None, self.activation, keep=False)
+        return new.apply(Z)
 
     def data_tensors(self) -> tuple[torch.Tensor, ...]:
         parts = (self.rows.weights, self.rows.places, None if self.allowed is None else self.allowed.data)

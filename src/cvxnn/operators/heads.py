@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from cvxnn.operators.base import row_batches
@@ -51,7 +53,13 @@ class Heads:
         """Hidden outputs of columns u (r, d d) under the gates of these."""
         sequences, places = self.rows.sequences(rows)
         active = None if self.bits is None else self._active(sequences, gate)
-        return self.outputs(u, sequences, places, active)
+        return self._outputs(u, sequences, places, active)
+
+    def relu(self, u: torch.Tensor, rows: slice, allowed: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """Hidden outputs of columns whose scores pass a ReLU; `allowed` says which pairs of sequences count."""
+        sequences, places = self.rows.sequences(rows)
+        counted = allowed(sequences).unsqueeze(2).to(self.tokens.dtype)
+        return self._outputs(u, sequences, places, counted, relu=True)
 
     def _active(self, sequences: slice, gate: torch.Tensor) -> torch.Tensor:
         """M o D of the gates of r columns, (n, m, r, s)."""
@@ -59,7 +67,7 @@ class Heads:
         n, m, s = sequences.stop - sequences.start, self.rows.shape[1], self.tokens.shape[1]
         return self.bits.rows(sequences)[:, :, gate].view(n, m, s, len(gate)).mT.to(self.tokens.dtype)
 
-    def outputs(
+    def _outputs(
         self,
         u: torch.Tensor,
         sequences: slice,
@@ -100,3 +108,15 @@ class Heads:
                 scores = (spread.reshape(n, m * r, d) @ keys.mT).view(n, m, r, keys.shape[1])
             left = scores.mul_(self._active(sequences, gate)).view(n, m * r, keys.shape[1]) @ keys
         return (left.reshape(n * m, r * d).T @ queries.reshape(n * m, d)).view(r, d * d)
+
+    def unit_energies(self, weights: torch.Tensor) -> torch.Tensor:
+        """:meth:`Operator.unit_energies` where all tokens see one another."""
+        d = self.tokens.shape[2]
+        energies = weights.new_zeros(d, d)
+        for sequences in self.products.batches(1, d):
+            rows = self.rows.rows_of(sequences)
+            spread = self.rows.spread(weights[rows], sequences, self.rows.sequences(rows)[1])
+            queries = (self.queries[sequences].square() * spread.unsqueeze(2)).sum(1)
+            products = self.products(sequences, slice(None), slice(None))[:, 0]
+            energies.addmm_(products.square().sum(2).T, queries)
+        return energies.flatten() / d

@@ -27,13 +27,16 @@ class KeyProducts:
         Queries m of a sequence.
     bits : PatchBits or None
         M o D_k, (n, m s, P); without them G is one matrix per sequence.
+    keep : bool
+        Whether they may stay in memory.
     """
 
-    def __init__(self, tokens: torch.Tensor, n_queries: int, bits: PatchBits | None) -> None:
+    def __init__(self, tokens: torch.Tensor, n_queries: int, bits: PatchBits | None, keep: bool = True) -> None:
         self.tokens, self.n_queries, self.bits = tokens, n_queries, bits
         self.n_gates = 1 if bits is None else bits.n_gates
         #: Matrices G per sequence and gate.
         self.each = 1 if bits is None else n_queries
+        self._keep = keep
         self._kept: torch.Tensor | None = None
 
     def batches(self, n_gates: int, heads: int, more: int = 0, within: slice | None = None) -> list[slice]:
@@ -59,7 +62,7 @@ class KeyProducts:
     def are_kept(self) -> bool:
         """Whether all G stay in memory."""
         n, _, d = self.tokens.shape
-        return n * self.each * self.n_gates * d**2 * self.tokens.element_size() <= _CACHE_BYTES
+        return self._keep and n * self.each * self.n_gates * d**2 * self.tokens.element_size() <= _CACHE_BYTES
 
     def _form(self, sequences: slice, gates: slice, heads: slice) -> torch.Tensor:
         keys = self.tokens[sequences]
