@@ -9,7 +9,7 @@ from cvxnn.columns import Columns
 from cvxnn.dual_norms import gate_dual_norms
 from cvxnn.factored import FactoredLoss
 from cvxnn.norms import get_norm
-from cvxnn.operators import attention, attention_kernel, base
+from cvxnn.operators import attention, attention_kernel, base, heads, key_products, pooled_products
 from cvxnn.solvers.burer_monteiro import grams
 from tests.attention_reference import MASKS, as_columns, make_attention
 
@@ -42,15 +42,22 @@ def blocks_of(op, columns):
     return Z
 
 
-@pytest.fixture(params=["whole", "parts", "not-kept"])
+@pytest.fixture(params=["whole", "not-kept", "batches", "parts"])
 def sizes(request, monkeypatch):
-    """Everything at once, or gates, rows of blocks, sequences and tiles of the kernel in small parts."""
+    """Everything at once and kept, or gates, rows of blocks, sequences and tiles of the kernel in small parts."""
     if request.param != "whole":
-        monkeypatch.setattr(attention, "_CACHE_BYTES", 0)
+        monkeypatch.setattr(key_products, "_CACHE_BYTES", 0)
+        monkeypatch.setattr(pooled_products, "_CACHE_BYTES", 0)
+        monkeypatch.setattr(attention, "_SUM_BYTES", 0)
+    if request.param == "batches":
+        monkeypatch.setattr(pooled_products, "_BATCH_BYTES", 3_000)
     if request.param == "parts":
+        monkeypatch.setattr(pooled_products, "_BATCH_BYTES", 0)
         monkeypatch.setattr(attention, "_BLOCK_BYTES", 300)
         monkeypatch.setattr(attention, "_SLAB_BYTES", 100)
-        monkeypatch.setattr(attention, "_BATCH_BYTES", 2_000)
+        monkeypatch.setattr(attention, "_FEATURE_BYTES", 8_000)
+        monkeypatch.setattr(key_products, "_BATCH_BYTES", 2_000)
+        monkeypatch.setattr(heads, "_BATCH_BYTES", 2_000)
         monkeypatch.setattr(attention_kernel, "_TILE_BYTES", 8 * 15**2)
 
 
@@ -206,11 +213,15 @@ def test_float32_and_double(activation, output, mask):
     np.testing.assert_allclose(op.kernel(), double.kernel(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("output", ["mean", "mean, not pooled", "tokens"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("activation", ["linear", "gated_relu"])
-def test_rounding_bound_holds_for_large_cancellations(activation, output, scale):
+def test_rounding_bound_holds_for_large_cancellations(activation, output, scale, monkeypatch):
     """Against long doubles: targets whose gradient nearly cancels, tokens of very different sizes."""
+    if output not in OUTPUTS:
+        monkeypatch.setattr(pooled_products, "_CACHE_BYTES", 0)
+        monkeypatch.setattr(pooled_products, "_BATCH_BYTES", 0)
+        output = "mean"
     rng = np.random.default_rng(0)
     X = rng.standard_normal((12, 4, 2)) * 10.0 ** rng.integers(-3, 3, (12, 4, 1)) * scale
     Y = np.zeros((12, 2)) if output == "mean" else np.zeros((12, 4, 2))
@@ -223,6 +234,38 @@ def test_rounding_bound_holds_for_large_cancellations(activation, output, scale)
     exact = np.einsum("ntsk,nsp,nta,nsl,ntb->kpalb", active, tokens, tokens, tokens, spread)
     error = np.linalg.norm((exact.reshape(op.block_shape) - op.adjoint(L).numpy()).astype(float), axis=(1, 2))
     assert 0 < error.max() <= op.adjoint_rounding(L)
+
+
+def test_pooled_features_are_kept_where_they_fit(monkeypatch):
+    """A budget in bytes decides; without it features are formed again, and single predictions keep nothing."""
+    problem, reference = make_attention("gated_relu", "mean", "padding", (7, 4, 3, 2))
+    op, (Z, L) = problem.operator, random_like(problem.operator)
+    formed = []
+    form = pooled_products.PooledProducts._form
+    monkeypatch.setattr(pooled_products.PooledProducts, "_form", lambda *a: formed.append(1) or form(*a))
+    features = 8 * 7 * op.n_gates * 6 * 3
+    for budget, again in ((features, 0), (features - 1, 3)):
+        monkeypatch.setattr(pooled_products, "_CACHE_BYTES", budget)
+        fresh = op.select(torch.arange(op.n_gates))
+        fresh.apply(Z)
+        formed.clear()
+        results = fresh.apply(Z), fresh.adjoint(L), fresh.apply(2 * Z)
+        assert len(formed) == again
+        np.testing.assert_allclose(results[0], op.apply(Z), rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(results[1], op.adjoint(L), rtol=1e-13, atol=1e-13)
+    kept = [part._kept for part in _pooled_of(lambda: op.predict(Z, reference.X, reference.valid), monkeypatch)]
+    assert kept == [None]
+
+
+def _pooled_of(call, monkeypatch):
+    """The pooled features that a call makes."""
+    made, init = [], pooled_products.PooledProducts.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pooled_products.PooledProducts, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k)
+        )
+        call()
+    return made
 
 
 @CASES

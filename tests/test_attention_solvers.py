@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import cvxnn
+from cvxnn.operators import pooled_products
 from tests.attention_reference import Attention, small
 
 TOL = 1e-6
@@ -73,6 +74,22 @@ def test_admm_on_both_sides(activation, output, loss, side):
     result = cvxnn.solve(problem, "admm", tol=TOL, solver_options={"side": side})
     assert result.status == "certified"
     assert result.objective <= best * (1 + TOL)
+
+
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+def test_admm_is_the_same_without_features_in_memory(loss, monkeypatch):
+    """Pooled gated features kept, formed again in batches, or never formed: the same iterations to rounding."""
+    results = []
+    for cache, batch in ((2**30, 2**26), (0, 2**12), (0, 0)):
+        monkeypatch.setattr(pooled_products, "_CACHE_BYTES", cache)
+        monkeypatch.setattr(pooled_products, "_BATCH_BYTES", batch)
+        problem, _ = small("gated_relu", "mean", loss, mask="padding", output_bias=True)
+        options = {"side": "samples"}
+        results.append(cvxnn.solve(problem, "admm", tol=0, max_iter=30, solver_options=options))
+    for other in results[1:]:
+        assert other.objective == pytest.approx(results[0].objective, rel=1e-12)
+        np.testing.assert_allclose(other.Z, results[0].Z, atol=1e-10)
+        assert other.certificate.lower_bound == pytest.approx(results[0].certificate.lower_bound, rel=1e-11)
 
 
 def as_program(problem, reference: Attention):

@@ -13,8 +13,11 @@ from cvxnn.columns import Columns
 from cvxnn.errors import InvalidInputError
 from cvxnn.operators.attention_kernel import attention_kernel
 from cvxnn.operators.base import Operator, row_batches
+from cvxnn.operators.heads import Heads
+from cvxnn.operators.key_products import KeyProducts
 from cvxnn.operators.pairs import allowed_pairs, gate_vectors, pair_bits, pair_rows
 from cvxnn.operators.passes import batches_of
+from cvxnn.operators.pooled_products import PooledProducts
 from cvxnn.operators.queries import Queries
 from cvxnn.operators.token_sizes import TokenSizes
 from cvxnn.operators.tokens import read_tokens
@@ -22,10 +25,10 @@ from cvxnn.patterns import PatchBits
 
 __all__ = ["AttentionOperator"]
 
-#: Bytes of what is formed of one batch of sequences.
-_BATCH_BYTES = 2**26
-#: Bytes of the products of keys that are kept.
-_CACHE_BYTES = 2**27
+#: Bytes of the features of one batch of sequences.
+_FEATURE_BYTES = 2**28
+#: Bytes of sums over keys that are there at once.
+_SUM_BYTES = 2**27
 #: Bytes of blocks that are formed at once; where one block is larger, bytes of the rows of it that are.
 _BLOCK_BYTES = 2**25
 _SLAB_BYTES = 2**24
@@ -54,12 +57,15 @@ class AttentionOperator(Operator):
         M o D_k with D_k[t, t'] = 1{x_t^T H_k x_t' >= 0}, (n, m s, P); computed in float64 where not given.
     activation : {"gated_relu", "relu"}
         Of a network with gates; without gates it is "linear".
+    keep : bool
+        Whether features may stay in memory, for further passes.
 
     Notes
     -----
     With G_k(t) = X^T diag(M D_k)[t, :] X (d x d) the features of a token are the products x_t[a] G_k(t)[k, l], and
     those of all P d^3 are not formed: A and A* are two matrix products. Where all valid tokens see one another in a
-    linear network, G is one matrix per sequence, and the mean over tokens one of its inputs (math section 2).
+    linear network, G is one matrix per sequence, and the mean over tokens one of its inputs (math section 2). Where
+    rows are sums over tokens that differ in what they see, features of sequences are kept (:class:`PooledProducts`).
     """
 
     architecture = "attention"
@@ -73,6 +79,7 @@ class AttentionOperator(Operator):
         gates: np.ndarray | None = None,
         bits: PatchBits | None = None,
         activation: str = "gated_relu",
+        keep: bool = True,
     ) -> None:
         self.tokens = tokens
         self.dtype, self.device = tokens.dtype, tokens.device
@@ -88,7 +95,7 @@ class AttentionOperator(Operator):
             bits = pair_bits(tokens, queries, gates, allowed)
         #: M o D_k; for a linear network M.
         self.bits = allowed if gates is None else bits
-        self._kept: torch.Tensor | None = None
+        self._keep = keep
 
     @cached_property
     def inner(self) -> Queries:
@@ -147,44 +154,31 @@ class AttentionOperator(Operator):
     def merge_right(self, weights: torch.Tensor) -> torch.Tensor:
         return weights.reshape(-1, self.block_shape[2])
 
-    # -- products of keys ---------------------------------------------------------------------------------------
-
-    def _sequence_batches(self, n_gates: int, heads: int, within: slice | None = None) -> list[slice]:
-        """Slices of sequences of whose G so many gates and rows k are formed at once."""
-        within = slice(0, len(self.tokens)) if within is None else within
-        s, d, m = self.tokens.shape[1], self.dim, self.inner.shape[1]
-        size = heads * d * (1 if self.bits is None else m * n_gates + s)
-        size += 0 if self.bits is None else 2 * m * s * n_gates
-        batches = row_batches(within.stop - within.start, 8 * (size + m * d * self.n_outputs), _BATCH_BYTES)
-        return [slice(within.start + rows.start, within.start + rows.stop) for rows in batches]
-
-    def key_products(self, sequences: slice, gates: slice, heads: slice) -> torch.Tensor:
-        """G_k[heads, :] of some gates, (queries, k, heads, d); without a mask and gates one per sequence."""
-        if self._keeps_products:
-            if self._kept is None:
-                batches = self._sequence_batches(self.n_gates, self.dim)
-                self._kept = torch.cat([self._products(part, slice(None), slice(None)) for part in batches])
-            each = 1 if self.bits is None else self.inner.shape[1]
-            return self._kept[sequences.start * each : sequences.stop * each, gates, heads]
-        return self._products(sequences, gates, heads)
+    @cached_property
+    def key_products(self) -> KeyProducts:
+        """Products G of keys."""
+        keep = self._keep and not (self._pooled is not None and self._pooled.are_kept)
+        return KeyProducts(self.tokens, self.inner.shape[1], self.bits, keep)
 
     @cached_property
-    def _keeps_products(self) -> bool:
-        count = len(self.tokens) * (1 if self.bits is None else self.inner.shape[1])
-        return count * self.n_gates * self.dim**2 * self.tokens.element_size() <= _CACHE_BYTES
+    def _pooled(self) -> PooledProducts | None:
+        """Features of sequences, where rows are sums over tokens and these differ in what they see."""
+        if self.bits is None or self.rows.weights is None:
+            return None
+        queries = self.rows.weights.to(self.dtype).unsqueeze(2) * self.queries
+        pooled = PooledProducts(self.tokens, queries, self.bits, self._keep)
+        return pooled if pooled.fit else None
 
-    def _products(self, sequences: slice, gates: slice, heads: slice) -> torch.Tensor:
-        keys = self.tokens[sequences]
-        chosen = keys[:, :, heads]
-        if self.bits is None:
-            return (chosen.mT @ keys).unsqueeze(1)
-        n, s, d = keys.shape
-        m = self.inner.shape[1]
-        active = self.bits.rows(sequences)[:, :, gates].view(n, m, s, -1).to(self.dtype)
-        n_gates = active.shape[3]
-        pairs = (chosen.unsqueeze(3) * keys.unsqueeze(2)).flatten(2)
-        products = active.mT.reshape(n, m * n_gates, s) @ pairs
-        return products.view(n * m, n_gates, -1, d)
+    @cached_property
+    def _heads(self) -> Heads:
+        return Heads(self.tokens, self.queries, self.inner, self.bits, self.key_products)
+
+    def _sequence_batches(self, n_gates: int, heads: int, within: slice | None = None) -> list[slice]:
+        """Slices of sequences that are taken together, with what belongs to their queries."""
+        more = self.inner.shape[1] * self.dim * self.n_outputs
+        return self.key_products.batches(n_gates, heads, more, within)
+
+    # -- the map and its adjoint --------------------------------------------------------------------------------
 
     def _slabs(self, gates: slice) -> Iterator[tuple[slice, slice]]:
         """Gates and rows k of them whose parts of blocks are formed at once."""
@@ -196,16 +190,16 @@ class AttentionOperator(Operator):
             for first in range(0, self.dim, heads):
                 yield some, slice(first, min(first + heads, self.dim))
 
-    # -- the map and its adjoint --------------------------------------------------------------------------------
-
     def apply(self, Z: torch.Tensor) -> torch.Tensor:
         n_gates, d, c = self.n_gates, self.dim, self.n_outputs
         if not bool(Z.any()):
             return Z.new_zeros(self.n_samples, c)
+        if self._pooled is not None:
+            return self._pooled.apply(Z, c)
         blocks = Z.reshape(n_gates, d, d, d, c)
-        each = 1 if self.bits is None else self.inner.shape[1]
+        each = self.key_products.each
         parts = []
-        large = row_batches(len(self.tokens), each * d * c * self.tokens.element_size(), _CACHE_BYTES)
+        large = row_batches(len(self.tokens), each * d * c * self.tokens.element_size(), _SUM_BYTES)
         for sequences in batches_of(large, "predictions"):
             sums = Z.new_zeros((sequences.stop - sequences.start) * each, d * c)
             for gates, heads in self._slabs(slice(None)):
@@ -226,6 +220,8 @@ class AttentionOperator(Operator):
         return self.adjoint_blocks(L, slice(None))
 
     def adjoint_blocks(self, L: torch.Tensor, gates: slice) -> torch.Tensor:
+        if self._pooled is not None:
+            return self._pooled.adjoint(L, gates)
         start, stop, _ = gates.indices(self.n_gates)
         d = self.dim
         blocks = L.new_empty(stop - start, d, d, d, self.n_outputs)
@@ -265,95 +261,26 @@ class AttentionOperator(Operator):
     # -- columns ------------------------------------------------------------------------------------------------
 
     def column_batches(self, n_columns: int) -> list[slice]:
-        s, d, m = self.tokens.shape[1], self.dim, self.inner.shape[1]
-        size = m * n_columns * (2 * d + 2 * s) + (0 if self.bits is None else m * s * (self.n_gates + 2 * n_columns))
-        batches = row_batches(len(self.tokens), 8 * size, _BATCH_BYTES)
-        return [self.inner.rows_of(sequences) for sequences in batches]
+        return self._heads.batches(n_columns)
 
     def hidden(self, gate: torch.Tensor, u: torch.Tensor, rows: slice) -> torch.Tensor:
-        sequences, places = self.inner.sequences(rows)
-        active = None if self.bits is None else self._active(sequences, gate)
-        return self._heads(u, sequences, places, active)
-
-    def _active(self, sequences: slice, gate: torch.Tensor) -> torch.Tensor:
-        """M o D of the gates of r columns, (n, m, r, s)."""
-        assert self.bits is not None
-        n, m, s = sequences.stop - sequences.start, self.inner.shape[1], self.tokens.shape[1]
-        return self.bits.rows(sequences)[:, :, gate].view(n, m, s, len(gate)).mT.to(self.dtype)
-
-    def _heads(
-        self,
-        u: torch.Tensor,
-        sequences: slice,
-        places: torch.Tensor | None,
-        active: torch.Tensor | None,
-        relu: bool = False,
-    ) -> torch.Tensor:
-        """Hidden outputs (rows, r d): scores x_t^T U_j x_t', times `active` or through a ReLU, times the keys."""
-        r, d = len(u), self.dim
-        keys, queries = self.tokens[sequences], self.queries[sequences]
-        n, m = queries.shape[:2]
-        left = (queries.reshape(n * m, d) @ u.reshape(r * d, d).T).view(n, m * r, d)
-        if active is None:
-            heads = self._times_products(left, sequences)
-            return self.inner.collect(heads.view(n, m, r * d), sequences, places)
-        scores = (left @ keys.mT).view(n, m, r, keys.shape[1])
-        scores = (scores.clamp_min_(0) if relu else scores).mul_(active)
-        if self.inner.pooled:
-            scores = self.inner.collect(scores, sequences, places)
-            return (scores @ keys).flatten(1)
-        heads = scores.view(n, m * r, keys.shape[1]) @ keys
-        return self.inner.collect(heads.view(n, m, r * d), sequences, places)
-
-    def _times_products(self, left: torch.Tensor, sequences: slice) -> torch.Tensor:
-        """Rows (n, r, d) times X^T X, formed or not, whichever is cheaper."""
-        s, d = self.tokens.shape[1:]
-        n_rows, keys = left.shape[1], self.tokens[sequences]
-        if self._keeps_products and d <= 2 * s:
-            return left @ self.key_products(sequences, slice(None), slice(None))[:, 0]
-        return left @ (keys.mT @ keys) if s * d + n_rows * d < 2 * n_rows * s else (left @ keys.mT) @ keys
+        return self._heads.hidden(gate, u, rows)
 
     def hidden_adjoint(self, gate: torch.Tensor, M: torch.Tensor, rows: slice) -> torch.Tensor:
-        sequences, places = self.inner.sequences(rows)
-        r, d = len(gate), self.dim
-        keys, queries = self.tokens[sequences], self.queries[sequences]
-        n, m = queries.shape[:2]
-        if self.bits is None:
-            spread = self.inner.spread(M, sequences, places).reshape(n, m * r, d)
-            left = self._times_products(spread, sequences)
-        else:
-            if self.inner.pooled:
-                scores = self.inner.spread(M.reshape(n, r, d) @ keys.mT, sequences, places)
-            else:
-                spread = self.inner.spread(M, sequences, places)
-                scores = (spread.reshape(n, m * r, d) @ keys.mT).view(n, m, r, keys.shape[1])
-            left = scores.mul_(self._active(sequences, gate)).view(n, m * r, keys.shape[1]) @ keys
-        return (left.reshape(n * m, r * d).T @ queries.reshape(n * m, d)).view(r, d * d)
+        return self._heads.adjoint(gate, M, rows)
 
     def unit_energies(self, gate: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.bits is not None:
             return super().unit_energies(gate, weights)
-        d = self.dim
-        energies = weights.new_zeros(d, d)
-        for sequences in self._sequence_batches(1, d):
-            rows = self.inner.rows_of(sequences)
-            spread = self.inner.spread(weights[rows], sequences, self.inner.sequences(rows)[1])
-            queries = (self.queries[sequences].square() * spread.unsqueeze(2)).sum(1)
-            products = self.key_products(sequences, slice(None), slice(None))[:, 0]
-            energies.addmm_(products.square().sum(2).T, queries)
-        return energies.flatten() / d
+        return self._heads.unit_energies(weights)
 
     def network_outputs(self, columns: Columns) -> torch.Tensor:
         if self.activation != "relu":
             return self.apply_columns(columns)
         used = columns.without_zeros()
         weights = self.split_right(used.v)
-        outputs = []
-        for rows in self.column_batches(len(used)):
-            sequences, places = self.inner.sequences(rows)
-            allowed = self._sizes.allowed_pairs(sequences).unsqueeze(2).to(self.dtype)
-            outputs.append(self._heads(used.u, sequences, places, allowed, relu=True) @ weights)
-        return torch.cat(outputs)
+        batches = self.column_batches(len(used))
+        return torch.cat([self._heads.relu(used.u, rows, self._sizes.allowed_pairs) @ weights for rows in batches])
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -419,14 +346,13 @@ class AttentionOperator(Operator):
         return rows, self.patterns[sequence, query, key]
 
     def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
-        sequence, query, key = self._sizes.pairs()
-        everything = slice(0, len(self.tokens))
-        norms = self.rows.spread(nu.norm(dim=1), everything, None if self.rows.pooled else self.rows.places)
-        return norms[sequence, query] * self.tokens.norm(dim=2)[sequence, key]
+        return self._sizes.row_sizes(nu)
 
     # -- kernel and features ------------------------------------------------------------------------------------
 
     def kernel(self) -> torch.Tensor:
+        if self._pooled is not None and self._pooled.are_kept:
+            return self._pooled.kernel()
         return attention_kernel(self)
 
     def features(self, rows: slice) -> torch.Tensor:
@@ -447,10 +373,8 @@ class AttentionOperator(Operator):
 
     def feature_batches(self) -> list[slice]:
         m = self.inner.shape[1]
-        batches = row_batches(len(self.tokens), 2 * m * self.n_features * self.tokens.element_size(), 4 * _BATCH_BYTES)
+        batches = row_batches(len(self.tokens), 2 * m * self.n_features * self.tokens.element_size(), _FEATURE_BYTES)
         return [self.inner.rows_of(sequences) for sequences in batches]
-
-    # -- the rest -----------------------------------------------------------------------------------------------
 
     def predict(self, Z: torch.Tensor, X: np.ndarray, mask: Any = None) -> torch.Tensor:
         """Predictions of blocks Z for new tokens X (n, s, d); with a mask of pairs in training one is wanted here."""
@@ -463,7 +387,8 @@ class AttentionOperator(Operator):
         allowed = None
         if self.gates is not None or found.pairs is not None:
             allowed = allowed_pairs(found)
-        return AttentionOperator(tokens, queries, self.n_outputs, allowed, self.gates, None, self.activation).apply(Z)
+        new = AttentionOperator(tokens, queries, self.n_outputs, allowed, self.gates, None, self.activation, keep=False)
+        return new.apply(Z)
 
     def data_tensors(self) -> tuple[torch.Tensor, ...]:
         parts = (self.rows.weights, self.rows.places, None if self.allowed is None else self.allowed.data)

@@ -7,7 +7,7 @@ import torch
 __all__ = ["add_product"]
 
 #: Order of the tiles of large matrices.
-_TILE = 2048
+_TILE = 512
 
 
 def add_product(matrix: torch.Tensor, features: torch.Tensor, alpha: float = 1.0) -> None:

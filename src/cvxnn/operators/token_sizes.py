@@ -66,6 +66,13 @@ class TokenSizes:
         keys = self.tokens.double()
         return self._row_sums(keys.norm(dim=2, keepdim=True) * keys.abs()).square()
 
+    def row_sizes(self, nu: torch.Tensor) -> torch.Tensor:
+        """Norms of what the pairs that count are weighed with in A*(nu)."""
+        sequence, query, key = self.pairs()
+        everything = slice(0, len(self.tokens))
+        norms = self.rows.spread(nu.norm(dim=1), everything, None if self.rows.pooled else self.rows.places)
+        return norms[sequence, query] * self.tokens.norm(dim=2)[sequence, key]
+
     @property
     def _terms(self) -> int:
         """Roundings on the way to an entry of the features, and to a sum over the rows of a sequence."""
