@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import cvxnn
 from cvxnn import distributed
 from cvxnn.solvers import checkpoint
 from tests.helpers import make_data, process_context
+
+Task = Callable[..., dict[str, Any]]
 
 SOLVERS = {
     "admm": {"max_iter": 25, "solver_options": {"side": "features"}},
@@ -175,17 +178,17 @@ def others(group: distributed.Group, folder: Path) -> dict[str, Any]:
     return {"seeds": seeds(group, folder), "refused": refused(group, folder)}
 
 
-def main(task: str, rank: int, size: int, folder: Path, timeout: float = 30, arguments: tuple[Any, ...] = ()) -> None:
+def main(task: Task, rank: int, size: int, folder: Path, timeout: float = 30, arguments: tuple[Any, ...] = ()) -> None:
     """Run a task as one of `size` processes."""
     torch.set_num_threads(1)
     checkpoint.INTERVAL = 0.0
-    tasks: dict[str, Any] = {"solvers": solvers, "others": others, "faulty": faulty, "resumed": resumed}
-    with distributed.start(init_method=f"file://{folder}/{task}.init", rank=rank, size=size, timeout=timeout) as group:
-        found = tasks[task](group, folder, *arguments)
-        (folder / f"{task}-{rank}.json").write_text(json.dumps(found))
+    place = f"file://{folder}/{task.__name__}.init"
+    with distributed.start(init_method=place, rank=rank, size=size, timeout=timeout) as group:
+        found = task(group, folder, *arguments)
+        (folder / f"{task.__name__}-{rank}.json").write_text(json.dumps(found))
 
 
-def start(task: str, folder: Path, size: int = 2, **options: Any) -> list[Any]:
+def start(task: Task, folder: Path, size: int = 2, **options: Any) -> list[Any]:
     """Start all processes of a task."""
     context = process_context()
     processes = [context.Process(target=main, args=(task, rank, size, folder), kwargs=options) for rank in range(size)]
@@ -194,14 +197,10 @@ def start(task: str, folder: Path, size: int = 2, **options: Any) -> list[Any]:
     return processes
 
 
-def results(task: str, folder: Path, processes: list[Any]) -> list[dict[str, Any]]:
-    """What all processes of a task return."""
+def run(task: Task, folder: Path, size: int = 2, **options: Any) -> list[dict[str, Any]]:
+    """What all processes of a task return, which must end well."""
+    processes = start(task, folder, size, **options)
     for rank, process in enumerate(processes):
         process.join(300)
-        assert process.exitcode == 0, f"process {rank} of {task} ended with {process.exitcode}"
-    return [json.loads((folder / f"{task}-{rank}.json").read_text()) for rank in range(len(processes))]
-
-
-def run(task: str, folder: Path, size: int = 2, **options: Any) -> list[dict[str, Any]]:
-    """Run a task in processes that all end well."""
-    return results(task, folder, start(task, folder, size, **options))
+        assert process.exitcode == 0, f"process {rank} of {task.__name__} ended with {process.exitcode}"
+    return [json.loads((folder / f"{task.__name__}-{rank}.json").read_text()) for rank in range(size)]

@@ -9,7 +9,7 @@ from tests import distributed_worker as worker
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("solvers")
-    return worker.run("solvers", folder), worker.solvers(None, folder)
+    return worker.run(worker.solvers, folder), worker.solvers(None, folder)
 
 
 def test_every_process_has_the_same_result(compared):
@@ -31,7 +31,7 @@ def test_two_processes_find_what_one_does(compared):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    return worker.run("others", tmp_path_factory.mktemp("others"))
+    return worker.run(worker.others, tmp_path_factory.mktemp("others"))
 
 
 def test_seeds_clocks_and_callbacks_are_those_of_the_first(others):

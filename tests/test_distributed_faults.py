@@ -32,7 +32,7 @@ def check(found, wanted):
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
 def test_one_of_two_processes_fails(fault, victim, wanted, tmp_path):
     """The other one ends with an error, within the time that it waits, and the run goes on from its checkpoint."""
-    processes = worker.start("faulty", tmp_path, timeout=PATIENCE, arguments=(int(fault), victim))
+    processes = worker.start(worker.faulty, tmp_path, timeout=PATIENCE, arguments=(int(fault), victim))
     survivor = 1 - victim
     processes[survivor].join(120)
     assert processes[survivor].exitcode == 0
@@ -57,10 +57,10 @@ def test_one_of_two_processes_fails(fault, victim, wanted, tmp_path):
 
 
 def test_another_number_of_processes_goes_on(wanted, tmp_path):
-    processes = worker.start("faulty", tmp_path, timeout=PATIENCE, arguments=(int(signal.SIGKILL), 1))
+    processes = worker.start(worker.faulty, tmp_path, timeout=PATIENCE, arguments=(int(signal.SIGKILL), 1))
     for process in processes:
         process.join(120)
-    for found in worker.run("resumed", tmp_path, size=3):
+    for found in worker.run(worker.resumed, tmp_path, size=3):
         check(found, wanted)
 
 

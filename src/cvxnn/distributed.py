@@ -66,10 +66,12 @@ class Group:
             self.seconds += time.perf_counter() - begin
             self.sent += n_bytes
 
-    def share(self, n: int) -> slice:
+    def share(self, n: int, name: str = "X") -> slice:
         """The samples of this process, of n in all: a range, as long as those of the others or one shorter."""
         if n < self.size:
-            raise InvalidInputError(f"X has {n} rows; at least one for each of the {self.size} processes is wanted")
+            raise InvalidInputError(
+                f"{name} has {n} rows; at least one for each of the {self.size} processes is wanted"
+            )
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def add_up(self, *tensors: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.gates import draw_gates
 from cvxnn.operators import MappedRows, Operator, Rows, RowSource, ShardedOperator, StreamedMLPOperator
 from cvxnn.patterns import patch_bits
+from cvxnn.problems.distinct import distinct_everywhere
 from cvxnn.problems.task import Task
 
 __all__ = ["as_row_source", "streamed_operator"]
@@ -112,22 +112,10 @@ def _distinct(op: StreamedMLPOperator, informative: torch.Tensor) -> np.ndarray:
     """Gates to keep: the first of each pattern over the samples of all processes, without empty ones."""
     assert op.bits is not None
     group = current_group()
-    digests = [hashlib.blake2b(digest_size=16) for _ in range(op.n_gates)]
-    active = torch.zeros(op.n_gates, dtype=torch.bool)
-    for rows in op.X.batches():
-        bits = op.bits.rows(rows)[:, 0].cpu()[informative[rows]]
-        active |= bits.any(0)
-        for digest, column in zip(digests, np.packbits(bits.numpy(), axis=0).T, strict=True):
-            digest.update(np.ascontiguousarray(column).data)
-    keys = [digest.digest() + bytes([bool(on)]) for digest, on in zip(digests, active, strict=True)]
-    whole = [keys] if group is None else group.gather_bytes(keys)
+    kept = distinct_everywhere(op.bits, lambda rows: informative[rows].unsqueeze(1).to(op.device), op.X.batches())
     some = bool(informative.any()) if group is None else group.any(bool(informative.any()))
     if not some:
         return np.arange(1)
-    first: dict[bytes, int] = {}
-    for k, parts in enumerate(zip(*whole, strict=True)):
-        if any(part[-1] for part in parts):
-            first.setdefault(b"".join(parts), k)
-    if not first:
+    if len(kept) == 0:
         raise InvalidInputError(f"none of the {op.n_gates} gates is active on any sample; draw more gates")
-    return np.fromiter(first.values(), dtype=np.int64, count=len(first))
+    return kept

@@ -73,9 +73,9 @@ class Task:
     def problem(self, operator: Operator, scope: str, coverage: Coverage | None = None) -> Problem:
         """The problem of an operator on the samples; within :func:`cvxnn.distributed.start` they are shared out."""
         group = current_group()
+        if group is not None and self.activation == "relu":
+            raise UnsupportedError("activation is 'relu', whose cones need the samples of all processes in one")
         if group is not None and operator.group is None:
-            if self.activation == "relu":
-                raise UnsupportedError("activation is 'relu', whose cones need the samples of all processes in one")
             share = group.share(operator.n_samples)
             operator = ShardedOperator(operator.part(share), group, operator.n_samples)
         total = self._total if self.reduction == "mean" else 1.0

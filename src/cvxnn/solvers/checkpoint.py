@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.distributed import Group
 from cvxnn.errors import StorageError
 from cvxnn.files import read_tensors, write_tensors
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Solver
 
-__all__ = ["INTERVAL", "Checkpoint", "Saved"]
+__all__ = ["INTERVAL", "Checkpoint", "Saved", "read_of_first"]
 
 #: Seconds between two checkpoints of a run.
 INTERVAL = 30.0
@@ -51,6 +52,27 @@ def fingerprint(problem: Problem, solver: Solver) -> str:
     if op.gates is not None:
         digest.update(np.ascontiguousarray(op.gates).data)
     return digest.hexdigest()
+
+
+def read_of_first(path: Path, kind: str, group: Group | None) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """Header and arrays of a file, None where there is none; the first of several processes sends it to the others.
+
+    Raises
+    ------
+    StorageError
+        The file is damaged or of another kind.
+    """
+    if group is None:
+        return read_tensors(path, kind) if path.exists() else None
+    data = group.bytes_of_first(path.read_bytes() if group.rank == 0 and path.exists() else None)
+    if not data:
+        return None
+    if group.rank == 0:
+        return read_tensors(path, kind)
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(data)
+        return read_tensors(copy, kind)
 
 
 class Checkpoint:
@@ -108,7 +130,7 @@ class Checkpoint:
         StorageError
             The file is damaged, or belongs to another problem, solver or set of options.
         """
-        found = self._read()
+        found = read_of_first(self.path, "checkpoint", self.group)
         if found is None:
             return None
         header, arrays = found
@@ -134,17 +156,3 @@ class Checkpoint:
             factors=(tensors["U"], tensors["V"]) if "U" in tensors else None,
             next_check=header.get("next_check"),
         )
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """Header and arrays of the file; the first of several processes sends it to the others."""
-        if self.group is None:
-            return read_tensors(self.path, "checkpoint") if self.path.exists() else None
-        data = self.group.bytes_of_first(self.path.read_bytes() if self._writes and self.path.exists() else None)
-        if not data:
-            return None
-        if self._writes:
-            return read_tensors(self.path, "checkpoint")
-        with TemporaryDirectory() as folder:
-            copy = Path(folder) / self.path.name
-            copy.write_bytes(data)
-            return read_tensors(copy, "checkpoint")
