@@ -158,8 +158,9 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
     if problem.norm.name != "nuclear":
         cost = beta * _column_penalties(problem, columns.u, columns.v)
         gap = cost + (left * columns.u).sum(1)
-        return float(gap.abs().sum() / cost.sum()) if float(cost.sum()) > 0 else 0.0
-    size = float(columns.u.square().sum() + columns.v.square().sum())
+        distance, total = problem.operator.over_gates(float(gap.abs().sum()), float(cost.sum()))
+        return distance / total if total > 0 else 0.0
+    (size,) = problem.operator.over_gates(float(columns.u.square().sum() + columns.v.square().sum()))
     if size == 0:
         return 0.0
     right = right + beta * columns.v
@@ -167,7 +168,8 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
         left = left + beta * columns.u
     else:
         left = beta * (columns.u - problem.cones.project(columns.gate, -left / beta).point)
-    return math.sqrt(float(left.square().sum() + right.square().sum()) / size) / beta
+    (squares,) = problem.operator.over_gates(float(left.square().sum() + right.square().sum()))
+    return math.sqrt(squares / size) / beta
 
 
 def _column_penalties(problem: Problem, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -287,15 +289,15 @@ def evaluate(
         if problem.cones is not None:
             used = columns.without_zeros()
             infeasibility = float(problem.cones.violation(used.gate, used.u).max()) if len(used) else 0.0
-        penalty = float(_column_penalties(problem, pair[0].mT, pair[1].mT).sum())
+        (penalty,) = op.over_gates(float(_column_penalties(problem, pair[0].mT, pair[1].mT).sum()))
     elif problem.cones is not None:
         raise InvalidInputError("Z is given for a ReLU problem; factors=(U, V), whose columns are in cones, are wanted")
     else:
-        blocks = _tensor(problem, Z, "Z")
+        blocks = op.own_gates(_tensor(problem, Z, "Z"))
         if tuple(blocks.shape) != op.block_shape:
             raise InvalidInputError(f"Z has shape {tuple(blocks.shape)}; {op.block_shape} is wanted")
         outputs = op.apply(blocks)
-        penalty = float(problem.norm.value(blocks)[1].sum())
+        (penalty,) = op.over_gates(float(problem.norm.value(blocks)[1].sum()))
 
     offset = problem.best_intercept(outputs) if intercept is None else _tensor(problem, intercept, "intercept")
     if offset.shape != outputs.shape[1:]:
@@ -323,7 +325,8 @@ def _check_factors(problem: Problem, factors: tuple[Any, Any]) -> tuple[torch.Te
     n_gates, p, q = problem.operator.block_shape
     if not isinstance(factors, (tuple, list)) or len(factors) != 2:
         raise InvalidInputError("factors is not a pair; (U, V) is wanted")
-    U, V = (_tensor(problem, part, name) for part, name in zip(factors, ("U", "V"), strict=True))
+    given = zip(factors, ("U", "V"), strict=True)
+    U, V = (problem.operator.own_gates(_tensor(problem, part, name)) for part, name in given)
     m = U.shape[-1] if U.ndim == 3 else 0
     if U.shape != (n_gates, p, m) or V.shape != (n_gates, q, m):
         raise InvalidInputError(
@@ -348,7 +351,7 @@ def _stationarity(problem: Problem, point: Evaluation, nu: torch.Tensor) -> floa
     else:
         blocks = problem.operator.double().adjoint(nu)
         gap = problem.beta * problem.norm.value(point.Z)[1] + (blocks * point.Z).sum((1, 2))
-        residual = float(gap.abs().sum()) / (problem.beta * point.penalty)
+        residual = problem.operator.over_gates(float(gap.abs().sum()))[0] / (problem.beta * point.penalty)
     if problem.output_bias:
         gradient = problem.loss.gradient(point.predictions, problem.Y64, problem.weights)
         size = float(gradient.abs().sum())

@@ -145,16 +145,16 @@ class Descent(BurerMonteiro):
     def _curvature(self) -> float:
         """Largest curvature of the objective at the point, by ten steps of a power iteration."""
         if self.probe is None:
-            draw = [torch.from_numpy(self.rng.standard_normal(part.shape)) for part in (self.columns.u, self.columns.v)]
-            self.probe = (draw[0].to(self.columns.u), draw[1].to(self.columns.v))
+            u, v = self.columns.u, self.columns.v
+            self.probe = (self.draw(*u.shape).to(u), self.draw(*v.shape).to(v))
         beta, (du, dv) = self.problem.beta, self.probe
         largest = beta
         for _ in range(10):
-            size = math.sqrt(float(du.square().sum() + dv.square().sum()))
+            size = self.length(du, dv)
             du, dv = du / size, dv / size
             product = self.loss.hessian_product(self.columns, self.intercept, du, dv)
             du, dv = product.left + beta * du, product.right + beta * dv
-            largest = max(largest, math.sqrt(float(du.square().sum() + dv.square().sum())))
+            largest = max(largest, self.length(du, dv))
         self.probe = (du, dv)
         return 1.1 * largest
 
