@@ -178,12 +178,21 @@ def others(group: distributed.Group, folder: Path) -> dict[str, Any]:
     return {"seeds": seeds(group, folder), "refused": refused(group, folder)}
 
 
-def main(task: Task, rank: int, size: int, folder: Path, timeout: float = 30, arguments: tuple[Any, ...] = ()) -> None:
+def main(
+    task: Task,
+    rank: int,
+    size: int,
+    folder: Path,
+    timeout: float = 30,
+    shard: str = "samples",
+    arguments: tuple[Any, ...] = (),
+) -> None:
     """Run a task as one of `size` processes."""
     torch.set_num_threads(1)
     checkpoint.INTERVAL = 0.0
     place = f"file://{folder}/{task.__name__}.init"
-    with distributed.start(init_method=place, rank=rank, size=size, timeout=timeout) as group:
+    options: dict[str, Any] = {"init_method": place, "rank": rank, "size": size, "timeout": timeout}
+    with distributed.start(shard=shard, **options) as group:
         found = task(group, folder, *arguments)
         (folder / f"{task.__name__}-{rank}.json").write_text(json.dumps(found))
 

@@ -14,8 +14,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from cvxnn.certificates import Certificate
-from cvxnn.distributed import common_seed, current_group
-from cvxnn.errors import InvalidInputError
+from cvxnn.distributed import common_seed, current_group, sample_group
+from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.estimators import project_to_simplex
 from cvxnn.gates import GATE_SAMPLING
 from cvxnn.layerwise.checkpoint import RunFolder, run_fingerprint
@@ -265,6 +265,10 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
             )
         if check_flag(self.resume, "resume") and self.checkpoint is None:
             raise InvalidInputError("resume=True needs the path of a checkpoint")
+        if current_group() is not sample_group():
+            raise UnsupportedError(
+                "the gates are shared out to several processes; shard='samples' is wanted for stages"
+            )
         device = resolve_device(self.device)
         images = read_pixels(X, "X")
         classes, labels = read_labels(y, len(images), "y")
@@ -333,7 +337,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         prints = [run_fingerprint([], [part]) for part in stages]
         data = run_fingerprint([images, labels], facts)
         chain = [run_fingerprint([], [data, *prints[: i + 1]]) for i in range(len(stages))]
-        folder = RunFolder(self.checkpoint, chain, current_group())
+        folder = RunFolder(self.checkpoint, chain, sample_group())
         if not self.resume:
             folder.clear()
             return folder, seed
@@ -393,6 +397,6 @@ def _samples(
     raw: torch.Tensor, labels: np.ndarray, standardizer: Standardizer, device: torch.device, name: str = "X"
 ) -> Samples:
     """Standardised images: all, or those of this process, and the labels of all."""
-    group = current_group()
+    group = sample_group()
     own = slice(None) if group is None else group.share(len(labels), name)
     return Samples(standardizer.all(raw[own]).to(device), labels, group)

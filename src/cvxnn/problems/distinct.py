@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cvxnn.distributed import current_group
+from cvxnn.distributed import sample_group
 from cvxnn.patterns import PatchBits
 
 __all__ = ["distinct_everywhere"]
@@ -28,7 +28,7 @@ def distinct_everywhere(
     batches : list of slice
         Samples to take at a time.
     """
-    group = current_group()
+    group = sample_group()
     digests = [hashlib.blake2b(digest_size=16) for _ in range(bits.n_gates)]
     active = torch.zeros(bits.n_gates, dtype=torch.bool)
     for rows in batches:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
-from cvxnn.distributed import current_group
+from cvxnn.distributed import sample_group
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.gates import draw_gates
 from cvxnn.operators import MappedRows, Operator, Rows, RowSource, ShardedOperator, StreamedMLPOperator
@@ -51,7 +51,7 @@ def streamed_operator(source: RowSource, task: Task, gates: Any, **sampling: Any
         raise UnsupportedError("activation is 'relu', whose cones need X in memory; give an array in place of a file")
     if isinstance(gates, str):
         raise UnsupportedError(f"gates is {gates!r}, for which X must be in memory; give an array in place of a file")
-    group = current_group()
+    group = sample_group()
     rows = Rows(source, task.dtype, task.device, task.hidden_bias)
     own = rows if group is None else rows.part(group.share(len(rows)))
     informative = _scan(own, len(rows))
@@ -111,7 +111,7 @@ _DRAWN = ("gate_sampling", "gate_quantile", "random_state")
 def _distinct(op: StreamedMLPOperator, informative: torch.Tensor) -> np.ndarray:
     """Gates to keep: the first of each pattern over the samples of all processes, without empty ones."""
     assert op.bits is not None
-    group = current_group()
+    group = sample_group()
     kept = distinct_everywhere(op.bits, lambda rows: informative[rows].unsqueeze(1).to(op.device), op.X.batches())
     some = bool(informative.any()) if group is None else group.any(bool(informative.any()))
     if not some:

@@ -75,6 +75,12 @@ def read_of_first(path: Path, kind: str, group: Group | None) -> tuple[dict[str,
         return read_tensors(copy, kind)
 
 
+def _blocks(best: Any) -> list[tuple[str, torch.Tensor | None]]:
+    """What of the best point has rows of gates."""
+    U, V = best.factors or (None, None)
+    return [("Z", best.Z), ("U", U), ("V", V)]
+
+
 class Checkpoint:
     """Writes and reads the checkpoint file of one run; of several processes only the first does."""
 
@@ -84,6 +90,7 @@ class Checkpoint:
         self.solver = solver
         self.fingerprint = fingerprint(problem, solver)
         self._last = time.monotonic()
+        self.op = problem.operator
         self.group = problem.operator.group
         self._writes = self.group is None or self.group.rank == 0
         if not self._writes:
@@ -94,22 +101,28 @@ class Checkpoint:
             raise StorageError(f"cannot write {self.path}: it is a folder; the name of a file is wanted")
 
     def save_if_due(self, iteration: int, seconds: float, best: Any, state: dict[str, Any], next_check: int) -> None:
-        """Write when the interval has passed."""
-        if time.monotonic() - self._last >= INTERVAL:
+        """Write when the interval has passed; where gates are shared out, on the clock of the first process."""
+        due = time.monotonic() - self._last >= INTERVAL
+        if self.op.shares_gates and self.group is not None:
+            due = self.group.of_first(due) > 0
+        if due:
             self.save(iteration, seconds, best, state, next_check)
 
     def save(self, iteration: int, seconds: float, best: Any, state: dict[str, Any], next_check: int) -> None:
-        """Write the best point and the state of the solver in one step."""
+        """Write the best point and the state of the solver in one step; all gates are put together first."""
+        self._last = time.monotonic()
+        whole = self.op.all_gates
+        state = {k: whole(v) if k in self.solver.per_gate else v for k, v in state.items()}
+        blocks = {name: whole(value) for name, value in _blocks(best) if value is not None}
         if not self._writes:
             return
         numbers = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
         arrays = {f"state.{k}": v.cpu().numpy() for k, v in state.items() if isinstance(v, torch.Tensor)}
-        for name in ("Z", "intercept", "dual"):
+        for name in ("intercept", "dual"):
             value = getattr(best, name)
             if value is not None:
                 arrays[name] = value.cpu().numpy()
-        if best.factors is not None:
-            arrays["U"], arrays["V"] = (part.cpu().numpy() for part in best.factors)
+        arrays |= {name: value.cpu().numpy() for name, value in blocks.items()}
         finite = [{k: (None if v in (np.inf, -np.inf) else v) for k, v in e.items()} for e in best.trace]
         header = {
             "fingerprint": self.fingerprint,
@@ -120,7 +133,6 @@ class Checkpoint:
             "next_check": next_check,
         }
         write_tensors(self.path, "checkpoint", header, arrays)
-        self._last = time.monotonic()
 
     def load(self) -> Saved | None:
         """Read the file; None where there is none yet.
@@ -140,8 +152,12 @@ class Checkpoint:
                 "give another file, or resume=False to overwrite it"
             )
         device = self.problem.device
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         prefix = "state."
+        per_gate = {"Z", "U", "V", *(prefix + name for name in self.solver.per_gate)}
+        tensors = {
+            name: (self.op.own_gates(part) if name in per_gate else part).to(device)
+            for name, part in ((name, torch.from_numpy(array)) for name, array in arrays.items())
+        }
         state = dict(header["state"])
         state.update({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
         trace = [{k: (np.inf if v is None else v) for k, v in e.items()} for e in header["trace"]]

@@ -41,6 +41,8 @@ class Fista(Solver):
     Options = FistaOptions
     default_max_iter: ClassVar[int] = 100_000
     sharded: ClassVar[bool] = True
+    shares_gates: ClassVar[bool] = True
+    per_gate: ClassVar[tuple[str, ...]] = ("Z", "moved_Z")
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

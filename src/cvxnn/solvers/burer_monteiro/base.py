@@ -108,7 +108,7 @@ class BurerMonteiro(Solver):
         total = left.value(columns.u).square().sum() + right.value(columns.v).square().sum()
         return self.problem.beta / 2 * self.op.over_gates(float(total))[0]
 
-    def length(self, *parts: torch.Tensor) -> float:
+    def euclidean(self, *parts: torch.Tensor) -> float:
         """Euclidean length of tensors over all columns."""
         return math.sqrt(self.op.over_gates(_squares(*parts))[0])
 

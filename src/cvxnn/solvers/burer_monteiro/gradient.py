@@ -73,6 +73,10 @@ class Descent(BurerMonteiro):
     default_max_iter: ClassVar[int] = 20_000
     check_every: ClassVar[int] = 10
     sharded: ClassVar[bool] = True
+    shares_gates: ClassVar[bool] = True
+    per_gate: ClassVar[tuple[str, ...]] = (
+        *("gate", "u", "v", "velocity0", "velocity1", "probe0", "probe1", "first_u", "first_v"),
+    )
     #: Iterations between two estimates of the curvature, with ``step=None``.
     estimate_every: ClassVar[int] = 100
 
@@ -150,11 +154,11 @@ class Descent(BurerMonteiro):
         beta, (du, dv) = self.problem.beta, self.probe
         largest = beta
         for _ in range(10):
-            size = self.length(du, dv)
+            size = self.euclidean(du, dv)
             du, dv = du / size, dv / size
             product = self.loss.hessian_product(self.columns, self.intercept, du, dv)
             du, dv = product.left + beta * du, product.right + beta * dv
-            largest = max(largest, self.length(du, dv))
+            largest = max(largest, self.euclidean(du, dv))
         self.probe = (du, dv)
         return 1.1 * largest
 
