@@ -1,4 +1,4 @@
-"""One of several processes that tests start: :func:`main`.
+"""One of several processes that tests start by :func:`run`.
 
 Each task is a function of the group and the folder; what it returns is written to ``FOLDER/TASK-RANK.json``.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 import cvxnn
 from cvxnn import distributed
 from cvxnn.solvers import checkpoint
-from tests.helpers import make_data
+from tests.helpers import make_data, process_context
+
+Task = Callable[..., dict[str, Any]]
 
 SOLVERS = {
     "admm": {"max_iter": 25, "solver_options": {"side": "features"}},
@@ -136,18 +138,18 @@ def slow(problem: cvxnn.Problem, **options: Any) -> cvxnn.Result:
     return cvxnn.solve(problem, "bm_sgd", **settings, **options)
 
 
-def dying(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
-    """The last process ends in the middle of a run."""
+def faulty(group: distributed.Group | None, folder: Path, number: int, victim: int) -> dict[str, Any]:
+    """One process sends itself a signal in the middle of the 17th epoch."""
     assert group is not None
     problem = problem_of(folder, "disk", "bias")
-    if group.rank == group.size - 1:
+    if group.rank == victim:
         step = type(problem.operator.local).subset
         calls = [0]
 
         def mortal(self: Any, rows: Any) -> Any:
             calls[0] += 1
             if calls[0] == 50:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             return step(self, rows)
 
         type(problem.operator.local).subset = mortal  # type: ignore[method-assign]
@@ -176,11 +178,38 @@ def others(group: distributed.Group, folder: Path) -> dict[str, Any]:
     return {"seeds": seeds(group, folder), "refused": refused(group, folder)}
 
 
-def main(task: str, rank: int, size: int, folder: Path) -> None:
+def main(
+    task: Task,
+    rank: int,
+    size: int,
+    folder: Path,
+    timeout: float = 30,
+    shard: str = "samples",
+    arguments: tuple[Any, ...] = (),
+) -> None:
     """Run a task as one of `size` processes."""
     torch.set_num_threads(1)
     checkpoint.INTERVAL = 0.0
-    tasks = {"solvers": solvers, "others": others, "dying": dying, "resumed": resumed}
-    with distributed.start(init_method=f"file://{folder}/{task}.init", rank=rank, size=size, timeout=30) as group:
-        found = tasks[task](group, folder)
-        (folder / f"{task}-{rank}.json").write_text(json.dumps(found))
+    place = f"file://{folder}/{task.__name__}.init"
+    options: dict[str, Any] = {"init_method": place, "rank": rank, "size": size, "timeout": timeout}
+    with distributed.start(shard=shard, **options) as group:
+        found = task(group, folder, *arguments)
+        (folder / f"{task.__name__}-{rank}.json").write_text(json.dumps(found))
+
+
+def start(task: Task, folder: Path, size: int = 2, **options: Any) -> list[Any]:
+    """Start all processes of a task."""
+    context = process_context()
+    processes = [context.Process(target=main, args=(task, rank, size, folder), kwargs=options) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run(task: Task, folder: Path, size: int = 2, **options: Any) -> list[dict[str, Any]]:
+    """What all processes of a task return, which must end well."""
+    processes = start(task, folder, size, **options)
+    for rank, process in enumerate(processes):
+        process.join(300)
+        assert process.exitcode == 0, f"process {rank} of {task.__name__} ended with {process.exitcode}"
+    return [json.loads((folder / f"{task.__name__}-{rank}.json").read_text()) for rank in range(size)]

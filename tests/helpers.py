@@ -38,7 +38,7 @@ def make_problem(
 def process_context() -> Any:
     """Processes that begin with what the tests of several processes import, as a fork of one that has it already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed_worker", "tests.kills"])
+    context.set_forkserver_preload(["tests.distributed_worker", "tests.kills", "cvxnn.layerwise"])
     return context
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from cvxnn.solvers import checkpoint
 from tests.helpers import make_data, process_context
 
 Report = Callable[[int], None]
+
+#: Epochs of each of two stages.
+EPOCHS = 25
 
 
 def bm_sgd(folder: Path, report: Report) -> list[torch.Tensor]:
@@ -59,7 +63,7 @@ def layerwise(folder: Path, report: Report) -> list[torch.Tensor]:
     rng = np.random.default_rng(0)
     images, labels = rng.standard_normal((120, 1, 10, 10)), np.arange(120) % 3
     model = LayerwiseCNNClassifier(
-        n_stages=2, n_gates=8, rank=1, epochs=12, batch_size=32, loss="squared", random_state=0, device="cpu",
+        n_stages=2, n_gates=8, rank=1, epochs=EPOCHS, batch_size=32, loss="squared", random_state=0, device="cpu",
         checkpoint=folder / "run", resume=True, callbacks=[lambda entry: report(100 * entry["stage"] + entry["epoch"])],
     )  # fmt: skip
     model.fit(images, labels)
@@ -68,6 +72,8 @@ def layerwise(folder: Path, report: Report) -> list[torch.Tensor]:
 
 
 TASKS = {"bm_sgd": bm_sgd, "admm": admm, "layerwise": layerwise}
+#: Seconds that every step is made longer by, so that steps can be hit.
+PAUSES = {"bm_sgd": 0.02, "admm": 0.005, "layerwise": 0.02}
 
 
 def kept(task: str, folder: Path) -> int:
@@ -78,7 +84,7 @@ def kept(task: str, folder: Path) -> int:
     training = folder / "run" / "training.safetensors"
     finished = len(list((folder / "run").glob("stage-*.safetensors")))
     header = read_tensors(training, "layerwise")[0] if training.exists() else {"number": 0, "epoch": 0}
-    return max(100 * header["number"] + header["epoch"], 100 * finished + (12 if finished else 0))
+    return max(100 * header["number"] + header["epoch"], 100 * finished + (EPOCHS if finished else 0))
 
 
 def child(task: str, folder: Path) -> None:
@@ -89,7 +95,7 @@ def child(task: str, folder: Path) -> None:
     def report(number: int) -> None:
         with (folder / "progress").open("a") as stream:
             stream.write(f"{number}\n")
-        time.sleep(0.005)
+        time.sleep(PAUSES[task])
 
     torch.save(TASKS[task](folder, report), folder / "result.pt")
 
@@ -108,11 +114,19 @@ def killed(task: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     for path in (alone, folder):
         path.mkdir()
     begin = time.perf_counter()
+    # The first process takes longer to start than those after it.
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    started = time.perf_counter()
     process = context.Process(target=child, args=(task, alone))
     process.start()
+    while process.is_alive() and not _reports(alone):
+        time.sleep(0.001)
+    startup = time.perf_counter() - started
     process.join()
-    duration = time.perf_counter() - begin
-    steps = len((alone / "progress").read_text().split())
+    steps = len(_reports(alone))
+    step = (time.perf_counter() - started - startup) / steps
 
     hits, lost = 0, 0
     while True:
@@ -120,11 +134,11 @@ def killed(task: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
         process = context.Process(target=child, args=(task, folder))
         process.start()
         if hits < kills:
-            # A random moment of a random step, a share of the run from where it stands.
-            target = len(before) + rng.uniform(0, steps / (kills + 1))
-            while process.is_alive() and len(_reports(folder)) < target:
+            # A random moment of a random step among a share of those that are left, or while the process starts.
+            ahead = rng.uniform(0, (steps - len(set(before))) / (kills - hits + 1))
+            while process.is_alive() and len(_reports(folder)) < len(before) + int(ahead):
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, duration / steps))
+            time.sleep(rng.uniform(0, startup if ahead < 1 else step))
             process.kill()
         process.join()
         if process.exitcode == 0:
@@ -156,7 +170,7 @@ def main() -> None:
     for task in arguments.tasks:
         with tempfile.TemporaryDirectory() as folder:
             found = killed(task, arguments.kills, arguments.seed, Path(folder))
-        failed |= not found["equal"] or found["lost"] > 1
+        failed |= not found["equal"] or found["lost"] > 1 or found["kills"] < arguments.kills
         print(
             f"{task:10s} {found['kills']} kills, at most {found['lost']} steps lost, results "
             f"{'equal' if found['equal'] else 'DIFFERENT'}, {found['seconds']:.0f} s",
@@ -166,7 +180,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The children import this file by its name.
+    # The children import this file by its name, and must not run it as a module once more.
     from tests.kills import main as run
 
+    sys.modules["__main__"].__spec__ = None
     run()

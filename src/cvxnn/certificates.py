@@ -158,8 +158,9 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
     if problem.norm.name != "nuclear":
         cost = beta * column_penalties(problem, columns.u, columns.v)
         gap = cost + (left * columns.u).sum(1)
-        return float(gap.abs().sum() / cost.sum()) if float(cost.sum()) > 0 else 0.0
-    size = float(columns.u.square().sum() + columns.v.square().sum())
+        distance, total = problem.operator.over_gates(float(gap.abs().sum()), float(cost.sum()))
+        return distance / total if total > 0 else 0.0
+    (size,) = problem.operator.over_gates(float(columns.u.square().sum() + columns.v.square().sum()))
     if size == 0:
         return 0.0
     right = right + beta * columns.v
@@ -167,7 +168,8 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
         left = left + beta * columns.u
     else:
         left = beta * (columns.u - problem.cones.project(columns.gate, -left / beta).point)
-    return math.sqrt(float(left.square().sum() + right.square().sum()) / size) / beta
+    (squares,) = problem.operator.over_gates(float(left.square().sum() + right.square().sum()))
+    return math.sqrt(squares / size) / beta
 
 
 def _block_stationarity(problem: Problem, Z: torch.Tensor, nu: torch.Tensor) -> float:
@@ -177,7 +179,8 @@ def _block_stationarity(problem: Problem, Z: torch.Tensor, nu: torch.Tensor) -> 
     left, values, right = torch.linalg.svd(Z, full_matrices=False)
     first, second = G @ right.mT + beta * left, G.mT @ left + beta * right.mT
     squares = first.square().sum(1) + second.square().sum(1)
-    return math.sqrt(float((values * squares).sum() / values.sum()) / 2) / beta
+    distance, total = problem.operator.over_gates(float((values * squares).sum()), float(values.sum()))
+    return math.sqrt(distance / total / 2) / beta
 
 
 def certify(
@@ -262,7 +265,7 @@ def _stationarity(problem: Problem, point: Evaluation, nu: torch.Tensor) -> floa
     else:
         blocks = problem.operator.double().adjoint(nu)
         gap = problem.beta * problem.norm.value(point.Z)[1] + (blocks * point.Z).sum((1, 2))
-        residual = float(gap.abs().sum()) / (problem.beta * point.penalty)
+        residual = problem.operator.over_gates(float(gap.abs().sum()))[0] / (problem.beta * point.penalty)
     if problem.output_bias:
         gradient = problem.loss.gradient(point.predictions, problem.Y64, problem.weights)
         size = float(gradient.abs().sum())

@@ -18,10 +18,13 @@ import torch.distributed as dist
 
 from cvxnn.errors import DistributedError, InvalidInputError, UnsupportedError
 
-__all__ = ["TIMEOUT", "Group", "alone", "common_seed", "current_group", "start"]
+__all__ = ["SHARDS", "TIMEOUT", "Group", "alone", "common_seed", "current_group", "sample_group", "start"]
 
 #: Seconds that a process waits for the others by default.
 TIMEOUT = 45.0
+
+#: What can be shared out.
+SHARDS = ("samples", "gates")
 
 _group: ContextVar[Group | None] = ContextVar("group", default=None)
 
@@ -35,6 +38,8 @@ class Group:
         Number of this process, from 0.
     size : int
         Number of processes.
+    shard : {"samples", "gates"}
+        What of a problem is shared out.
     device : torch.device
         Where tensors must be to be sent.
     seconds : float
@@ -43,7 +48,8 @@ class Group:
         Bytes given to communication so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shard: str = "samples") -> None:
+        self.shard = shard
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
         self.seconds, self.sent = 0.0, 0
@@ -66,10 +72,12 @@ class Group:
             self.seconds += time.perf_counter() - begin
             self.sent += n_bytes
 
-    def share(self, n: int) -> slice:
+    def share(self, n: int, name: str = "X") -> slice:
         """The samples of this process, of n in all: a range, as long as those of the others or one shorter."""
         if n < self.size:
-            raise InvalidInputError(f"X has {n} rows; at least one for each of the {self.size} processes is wanted")
+            raise InvalidInputError(
+                f"{name} has {n} rows; at least one for each of the {self.size} processes is wanted"
+            )
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def add_up(self, *tensors: torch.Tensor) -> None:
@@ -163,6 +171,12 @@ def current_group() -> Group | None:
     return _group.get()
 
 
+def sample_group() -> Group | None:
+    """The processes that the samples of new problems are shared out to; None where each has all samples."""
+    group = _group.get()
+    return group if group is not None and group.shard == "samples" else None
+
+
 def common_seed(random_state: Any) -> Any:
     """The seed given, or one of process 0 where several processes are to draw the same and none is given."""
     group = current_group()
@@ -184,19 +198,23 @@ def alone() -> Iterator[None]:
 @contextmanager
 def start(
     *,
+    shard: str = "samples",
     device: Any = "cpu",
     timeout: float = TIMEOUT,
     init_method: str | None = None,
     rank: int | None = None,
     size: int | None = None,
 ) -> Iterator[Group]:
-    """Share the samples of all problems made within out to the processes that ``torchrun`` has started.
+    """Share the samples, or the gates, of all problems made within out to the processes that ``torchrun`` has started.
 
-    Every process runs the same program on the same data, keeps the rows that are its share, and gets the same
-    results. Sums over samples are sent by gloo on the CPU and by NCCL between GPUs.
+    Every process runs the same program on the same data, keeps what is its share, and gets the same results. Sums
+    over samples or gates are sent by gloo on the CPU and by NCCL between GPUs.
 
     Parameters
     ----------
+    shard : {"samples", "gates"}
+        "samples" for many samples: a process keeps a range of the rows. "gates" for many gates: a process keeps all
+        samples, and the patterns, blocks and factors of a range of the gates.
     device : {"cpu", "cuda"}
         Of the problems; with "cuda" the process uses GPU ``LOCAL_RANK``.
     timeout : float
@@ -215,11 +233,15 @@ def start(
     ------
     DistributedError
         The processes do not find each other.
+    InvalidInputError
+        An unknown `shard`.
     UnsupportedError
         A group within a group, or a torch without torch.distributed.
     """
     if current_group() is not None:
         raise UnsupportedError("the samples are shared out already; one group of processes at a time is wanted")
+    if shard not in SHARDS:
+        raise InvalidInputError(f"shard is {shard!r}; one of {', '.join(map(repr, SHARDS))} is wanted")
     if not dist.is_available():
         raise UnsupportedError("this build of torch has no torch.distributed")
     kind = torch.device(device).type
@@ -229,7 +251,7 @@ def start(
     ours = not dist.is_initialized()
     if ours:
         _initialise("nccl" if kind == "cuda" else "gloo", timeout, init_method, rank, size)
-    token = _group.set(Group(place))
+    token = _group.set(Group(place, shard))
     previous = _end_on_sigterm()
     try:
         yield _group.get()  # type: ignore[misc]

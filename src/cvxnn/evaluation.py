@@ -60,15 +60,15 @@ def evaluate(
         if problem.cones is not None:
             used = columns.without_zeros()
             infeasibility = float(problem.cones.violation(used.gate, used.u).max()) if len(used) else 0.0
-        penalty = float(column_penalties(problem, pair[0].mT, pair[1].mT).sum())
+        (penalty,) = op.over_gates(float(column_penalties(problem, pair[0].mT, pair[1].mT).sum()))
     elif problem.cones is not None:
         raise InvalidInputError("Z is given for a ReLU problem; factors=(U, V), whose columns are in cones, are wanted")
     else:
-        blocks = as_tensor(problem, Z, "Z")
+        blocks = op.own_gates(as_tensor(problem, Z, "Z"))
         if tuple(blocks.shape) != op.block_shape:
             raise InvalidInputError(f"Z has shape {tuple(blocks.shape)}; {op.block_shape} is wanted")
         outputs = op.apply(blocks)
-        penalty = float(problem.norm.value(blocks)[1].sum())
+        (penalty,) = op.over_gates(float(problem.norm.value(blocks)[1].sum()))
 
     offset = problem.best_intercept(outputs) if intercept is None else as_tensor(problem, intercept, "intercept")
     if offset.shape != outputs.shape[1:]:
@@ -96,7 +96,8 @@ def _check_factors(problem: Problem, factors: tuple[Any, Any]) -> tuple[torch.Te
     n_gates, p, q = problem.operator.block_shape
     if not isinstance(factors, (tuple, list)) or len(factors) != 2:
         raise InvalidInputError("factors is not a pair; (U, V) is wanted")
-    U, V = (as_tensor(problem, part, name) for part, name in zip(factors, ("U", "V"), strict=True))
+    given = zip(factors, ("U", "V"), strict=True)
+    U, V = (problem.operator.own_gates(as_tensor(problem, part, name)) for part, name in given)
     m = U.shape[-1] if U.ndim == 3 else 0
     if U.shape != (n_gates, p, m) or V.shape != (n_gates, q, m):
         raise InvalidInputError(

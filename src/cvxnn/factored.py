@@ -62,7 +62,8 @@ class FactoredLoss:
         local = op.local
         for rows in local.column_batches(len(columns)):
             hidden = local.hidden(columns.gate, columns.u, rows)
-            outputs = torch.addmm(b, hidden, weights)
+            outputs = torch.addmm(op.once(b), hidden, weights)
+            op.add_outputs(outputs)
             Y, w = (part[rows] for part in self._mine)
             value += float(loss.value(outputs, Y, w))
             gradient = loss.gradient(outputs, Y, w)
@@ -96,8 +97,9 @@ class FactoredLoss:
         local = op.local
         for rows in local.column_batches(2 * len(columns)):
             hidden, moved = local.hidden(gate, columns.u, rows), local.hidden(gate, du, rows)
-            outputs = torch.addmm(b, hidden, weights)
-            change = moved @ weights + hidden @ change_right + db
+            outputs = torch.addmm(op.once(b), hidden, weights)
+            change = moved @ weights + hidden @ change_right + op.once(db)
+            op.add_outputs(outputs, change)
             Y, w = (part[rows] for part in self._mine)
             gradient = loss.gradient(outputs, Y, w)
             second = loss.hessian_product(outputs, Y, w, change)
@@ -106,5 +108,6 @@ class FactoredLoss:
             offset += second.sum(0)
         op.summed(0.0, left, right, offset)
         right = op.merge_right(right)
-        curvature = float((left * du).sum() + (right * dv).sum() + (offset * db).sum())
+        (curvature,) = op.over_gates(float((left * du).sum() + (right * dv).sum()))
+        curvature += float((offset * db).sum())
         return Slopes(curvature, left, right, offset)

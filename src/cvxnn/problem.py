@@ -94,7 +94,7 @@ class Problem:
     @property
     def n_gates(self) -> int:
         """Number of gates P that are used."""
-        return self.operator.n_gates
+        return self.operator.total_gates
 
     @property
     def gates(self) -> torch.Tensor | None:
@@ -171,10 +171,12 @@ class Problem:
         `seconds`, where there are several outputs and the rank is above two. What a `coverage` allows for the
         neurons of patterns that are not listed is in all upper bounds.
         """
-        lower, upper = gate_dual_norms(self.operator.double(), self.norm, self.cones, nu, error, seconds)
+        op = self.operator.double()
+        lower, upper = gate_dual_norms(op, self.norm, self.cones, nu, error, seconds)
+        lower, upper = op.all_gates(torch.stack([lower, upper], 1)).unbind(1)
         if self.coverage is None:
             return lower, upper
-        missed = self.coverage.allowance(self.operator.double().row_sizes(nu).cpu().numpy())
+        missed = self.coverage.allowance(op.row_sizes(nu).cpu().numpy())
         return (lower - missed).clamp_min(0), upper * self.coverage.growth + missed
 
     @cached_property
@@ -214,7 +216,7 @@ class Problem:
         """
         if self.cones is not None:
             raise UnsupportedError("the penalty of a ReLU problem is that of its factors, not of Z; use cvxnn.certify")
-        Z = torch.as_tensor(Z, dtype=torch.float64, device=self.device)
+        Z = self.operator.own_gates(torch.as_tensor(Z, dtype=torch.float64, device=self.device))
         predictions = self.operator.double().apply(Z)
         if intercept is None:
             intercept = self.best_intercept(predictions)
@@ -222,4 +224,5 @@ class Problem:
         if not self.output_bias and bool(offset.any()):
             raise InvalidInputError("an intercept is given, but the problem has output_bias=False")
         value = self.loss.value(predictions + offset, self.Y64, self.weights)
-        return float(value + self.beta * self.norm.value(Z)[1].sum())
+        (penalty,) = self.operator.over_gates(float(self.norm.value(Z)[1].sum()))
+        return float(value) + self.beta * penalty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "read_images",
     "resolve_device",
     "resolve_dtype",
+    "without_copy",
 ]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -109,6 +111,14 @@ def _to_numpy(value: Any) -> np.ndarray:
     if hasattr(value, "to_numpy"):
         return np.asarray(value.to_numpy())
     return np.asarray(value)
+
+
+def without_copy(data: np.ndarray) -> torch.Tensor:
+    """An array as a tensor on the same memory, which may be read-only."""
+    with warnings.catch_warnings():
+        # torch warns of arrays that cannot be written to; nothing writes to the data.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(data)
 
 
 def all_finite(array: np.ndarray, rows: int = 65_536) -> bool:

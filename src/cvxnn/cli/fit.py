@@ -18,7 +18,7 @@ from cvxnn.cli.data import MAX_CLASSES, DataError, data_errors, open_source, sco
 from cvxnn.cli.options import Data, Json, folder, make_estimator, parse_beta, parse_options
 from cvxnn.cli.pictures import draw_pictures
 from cvxnn.cli.report import NOT_CERTIFIED, Report, check_folder, output_folder, write_json
-from cvxnn.distributed import start
+from cvxnn.distributed import SHARDS, start
 from cvxnn.errors import CertificationWarning, CvxnnError, InvalidInputError
 from cvxnn.storage import save
 from cvxnn.tables import TablePreprocessor
@@ -70,6 +70,7 @@ def fit(
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Share the training rows out to the processes of torchrun.")
     ] = False,
+    shard: Annotated[str, typer.Option(help="What --distributed shares out: samples or gates.")] = "samples",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line per certificate.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no report.")] = False,
 ) -> int:
@@ -81,6 +82,7 @@ def fit(
     if task is not None:
         check_choice(task, "task", _TASKS)
     check_integer(random_state, "random_state", minimum=0)
+    check_choice(shard, "shard", SHARDS)
     if out is not None:
         check_folder(out)
     parameters: dict[str, Any] = {
@@ -125,7 +127,7 @@ def fit(
         X = preprocessor.fit(source.frame.iloc[train]).transform(source.frame)
     if number is None:
         report.say("Choosing beta by cross-validation ...")
-    with start(device="cuda" if _on_gpu(device) else "cpu") if distributed else nullcontext() as group:
+    with start(shard=shard, device="cuda" if _on_gpu(device) else "cpu") if distributed else nullcontext() as group:
         model = _train(make_estimator(task, number, parameters), X[train], y[train])
     if not is_first:
         return 0

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from cvxnn.distributed import Group
 from cvxnn.errors import InvalidInputError, StorageError
-from cvxnn.files import read_tensors, write_tensors
+from cvxnn.files import write_tensors
 from cvxnn.layerwise.network import TrainedStage
 from cvxnn.layerwise.packing import pack_stage, unpack_stage
 from cvxnn.layerwise.results import StageResult
+from cvxnn.solvers.checkpoint import read_of_first
 
 __all__ = ["RunFolder", "run_fingerprint"]
 
@@ -31,19 +33,27 @@ def run_fingerprint(arrays: list[np.ndarray], facts: list[Any]) -> str:
 class RunFolder:
     """Writes and reads the files of one run; every file is written whole or not at all.
 
+    Of several processes only the first writes and reads; it sends the others what it has read.
+
     Parameters
     ----------
     path : path
         A folder that exists, or whose parent does.
     fingerprints : list of str
         What determines stage 1, stages 1 and 2, ...: a run with more stages goes on from one with fewer.
+    group : Group, optional
+        The processes of the run.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprints: list[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], fingerprints: list[str], group: Group | None = None) -> None:
         if not isinstance(path, (str, os.PathLike)) or not os.fsdecode(path) or "\0" in os.fsdecode(path):
             raise InvalidInputError(f"checkpoint is {path!r}; the path of a folder is wanted")
         self.path = Path(os.fsdecode(path))
         self.fingerprints = fingerprints
+        self.group = group
+        self._writes = group is None or group.rank == 0
+        if not self._writes:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise StorageError(f"cannot write into {self.path}: it is a file; the name of a folder is wanted")
         try:
@@ -69,12 +79,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
+        if not self._writes:
+            return
         for pattern in ("stage-*.safetensors", "solver-*.safetensors", "training.safetensors"):
             for file in self.path.glob(pattern):
                 file.unlink()
 
     def save_stage(self, result: StageResult, stage: TrainedStage, seed: int) -> None:
         """Write a finished stage; what was kept of its training is removed."""
+        if not self._writes:
+            return
         arrays: dict[str, np.ndarray] = {}
         header = {"stage": pack_stage(stage, arrays, "stage"), "result": result.to_dict()}
         self._write(self.stage_file(result.number), result.number, seed, header, arrays)
@@ -111,9 +125,10 @@ class RunFolder:
         StorageError
             The file is damaged, or belongs to another run.
         """
-        if not self.training_file.exists():
+        found = read_of_first(self.training_file, "layerwise", self.group)
+        if found is None:
             return None
-        header, arrays = read_tensors(self.training_file, "layerwise")
+        header, arrays = found
         held = header.get("number")
         if isinstance(held, int) and 1 <= held < number and header.get("fingerprint") == self.fingerprints[held - 1]:
             # Left behind when the run was killed just after that stage was finished.
@@ -130,15 +145,16 @@ class RunFolder:
         return None
 
     def _write(self, file: Path, number: int, seed: int, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        if not self._writes:
+            return
         facts = {"fingerprint": self.fingerprints[number - 1], "seed": seed}
         write_tensors(file, "layerwise", header | facts, arrays)
 
     def _read(self, file: Path, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        if not file.exists():
-            return None
-        header, arrays = read_tensors(file, "layerwise")
-        self._check(file, header, number)
-        return header, arrays
+        found = read_of_first(file, "layerwise", self.group)
+        if found is not None:
+            self._check(file, found[0], number)
+        return found
 
     def _check(self, file: Path, header: dict[str, Any], number: int) -> None:
         if header.get("fingerprint") != self.fingerprints[number - 1]:

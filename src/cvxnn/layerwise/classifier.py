@@ -14,7 +14,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from cvxnn.certificates import Certificate
-from cvxnn.errors import InvalidInputError
+from cvxnn.distributed import common_seed, current_group, sample_group
+from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.estimators import project_to_simplex
 from cvxnn.gates import GATE_SAMPLING
 from cvxnn.layerwise.checkpoint import RunFolder, run_fingerprint
@@ -29,6 +30,7 @@ from cvxnn.validation import (
     check_flag,
     check_positive,
     resolve_device,
+    without_copy,
 )
 
 __all__ = ["LayerwiseCNNClassifier"]
@@ -244,6 +246,9 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         -----
         Ctrl-C ends training with the epochs that were finished; the status of that stage is "interrupted", and
         there is no certificate for it. Before the first epoch it raises KeyboardInterrupt.
+
+        Within :func:`cvxnn.distributed.start` each process keeps the images of its share of the samples, X read in
+        passes (so that a memory map need not fit), and all of them end with the same network.
         """
         stages = read_stages(self.get_params(deep=False))
         sgd = read_sgd(self.get_params(deep=False))
@@ -260,6 +265,10 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
             )
         if check_flag(self.resume, "resume") and self.checkpoint is None:
             raise InvalidInputError("resume=True needs the path of a checkpoint")
+        if current_group() is not sample_group():
+            raise UnsupportedError(
+                "the gates are shared out to several processes; shard='samples' is wanted for stages"
+            )
         device = resolve_device(self.device)
         images = read_pixels(X, "X")
         classes, labels = read_labels(y, len(images), "y")
@@ -271,14 +280,15 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         folder, seed = self._folder(stages, asdict(sgd), images, labels, scale)
 
         dtype = torch.float64 if self.precision == "float64" else torch.float32
-        raw = torch.from_numpy(images)
+        raw = without_copy(images)
         standardizer = Standardizer.of(raw, scale, standardize, dtype, bool(self.mirror))
-        train = Samples(standardizer.all(raw).to(device), labels)
-        if not all(bool(torch.isfinite(part).all()) for part in (standardizer.deviation, train.images)):
+        train = _samples(raw, labels, standardizer, device)
+        bad = not all(bool(torch.isfinite(part).all()) for part in (standardizer.deviation, train.images))
+        if bad if train.group is None else train.group.any(bad):
             raise InvalidInputError("X has numbers that are too large; rescale it")
         held = None
         if checked is not None:
-            held = Samples(standardizer.all(torch.from_numpy(checked[0])).to(device), checked[1])
+            held = _samples(without_copy(checked[0]), checked[1], standardizer, device, "validation")
         run = LayerwiseRun(
             stages,
             sgd,
@@ -316,7 +326,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         """The folder of checkpoints, and the seed: that of the run that is resumed, where none is given."""
         given = isinstance(self.random_state, (int, np.integer))
         try:
-            seed = int(check_random_state(self.random_state).randint(2**31))
+            seed = int(check_random_state(common_seed(self.random_state)).randint(2**31))
         except ValueError as error:
             raise InvalidInputError(
                 f"random_state is {self.random_state!r}; None, an integer from 0 to 2^32 - 1 or a RandomState is wanted"
@@ -326,7 +336,8 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         facts = [scale, self.standardize, self.mirror, self.precision, self.maps, sgd, seed if given else None]
         prints = [run_fingerprint([], [part]) for part in stages]
         data = run_fingerprint([images, labels], facts)
-        folder = RunFolder(self.checkpoint, [run_fingerprint([], [data, *prints[: i + 1]]) for i in range(len(stages))])
+        chain = [run_fingerprint([], [data, *prints[: i + 1]]) for i in range(len(stages))]
+        folder = RunFolder(self.checkpoint, chain, sample_group())
         if not self.resume:
             folder.clear()
             return folder, seed
@@ -335,7 +346,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
 
     def _outputs(self, X: Any, wanted: list[int] | None = None) -> list[np.ndarray]:
         check_is_fitted(self)
-        images = torch.from_numpy(read_pixels(X, "X"))
+        images = without_copy(read_pixels(X, "X"))
         if tuple(images.shape[1:]) != self.image_shape_:
             raise InvalidInputError(
                 f"X has images of shape {tuple(images.shape[1:])}; {self.image_shape_}, as in training, is wanted"
@@ -380,3 +391,12 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         """Accuracy of the head of every stage."""
         y = np.asarray(y)
         return [float((predicted == y).mean()) for predicted in self.staged_predict(X)]
+
+
+def _samples(
+    raw: torch.Tensor, labels: np.ndarray, standardizer: Standardizer, device: torch.device, name: str = "X"
+) -> Samples:
+    """Standardised images: all, or those of this process, and the labels of all."""
+    group = sample_group()
+    own = slice(None) if group is None else group.share(len(labels), name)
+    return Samples(standardizer.all(raw[own]).to(device), labels, group)

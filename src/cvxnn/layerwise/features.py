@@ -24,15 +24,20 @@ _BATCH_BYTES = 2**27
 _PART_BYTES = 2**22
 
 
+#: Places (B,) in a batch, and the size of the batch.
+Among = tuple[torch.Tensor, int]
+
+
 class BatchFeatures(Protocol):
     """Hidden outputs (B, r a) of samples, differentiable in filters u (r, h), r = P m, sorted by gate.
 
-    `start_epoch` sets the seed of what is random in an epoch.
+    `start_epoch` sets the seed of what is random in an epoch. `among` says where the samples are in a batch that
+    several processes share, and how large that is: what is random is drawn for all of it.
     """
 
     def start_epoch(self, seed: int) -> None: ...
 
-    def hidden(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor: ...
+    def hidden(self, rows: torch.Tensor, u: torch.Tensor, among: Among | None = None) -> torch.Tensor: ...
 
     def evaluation_batches(self, n_columns: int) -> list[slice]: ...
 
@@ -63,8 +68,10 @@ class PooledFeatures:
     def start_epoch(self, seed: int) -> None:
         """Nothing is random."""
 
-    def hidden(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def hidden(self, rows: torch.Tensor, u: torch.Tensor, among: Among | None = None) -> torch.Tensor:
         """One product per cell and gate: (m, h) times (h, B)."""
+        if len(rows) == 0:
+            return _of_nothing(u, self.cells)
         hidden: torch.Tensor = _PooledProducts.apply(u, self.phi, rows)
         return hidden
 
@@ -116,6 +123,11 @@ def _cache_bytes(device: torch.device) -> int:
     return _PART_BYTES if device.type == "cpu" else _BATCH_BYTES
 
 
+def _of_nothing(u: torch.Tensor, cells: int) -> torch.Tensor:
+    """Hidden outputs of no samples, with gradients of 0."""
+    return u.new_zeros(0, len(u) * cells) + 0 * u.sum()
+
+
 class ConvolvedFeatures:
     """By convolution with the filters, gating and pooling, a batch of images at a time.
 
@@ -147,10 +159,12 @@ class ConvolvedFeatures:
             return torch.autocast(self.op.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def hidden(self, rows: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def hidden(self, rows: torch.Tensor, u: torch.Tensor, among: Among | None = None) -> torch.Tensor:
         """Convolution, gate, pooling."""
         op = self.op
-        images = None if self.images is None else self.images.batch(rows)
+        images = None if self.images is None else self.images.batch(rows, among)
+        if len(rows) == 0:
+            return _of_nothing(u, op.width)
         size = op.dtype.itemsize * op.n_patches * len(u)
         parts = row_batches(len(rows), size, _cache_bytes(op.device))
         return torch.cat([self._hidden(rows[part], None if images is None else images[part], u) for part in parts])
@@ -208,9 +222,9 @@ class AugmentedImages:
         """New crops and flips."""
         self.generator.manual_seed(seed)
 
-    def batch(self, rows: torch.Tensor) -> torch.Tensor:
+    def batch(self, rows: torch.Tensor, among: Among | None = None) -> torch.Tensor:
         """The images of the next batch of the epoch, changed."""
-        return augment_batch(self.images[rows], self.kind, self.fill, self.generator)
+        return augment_batch(self.images[rows], self.kind, self.fill, self.generator, among=among)
 
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """Changed images through the stages before this one."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
+from cvxnn.distributed import Group
 from cvxnn.layerwise.checkpoint import RunFolder
 from cvxnn.layerwise.fitting_convex import train_convexly
 from cvxnn.layerwise.fitting_sgd import NothingTrained, SgdStage
@@ -19,12 +20,13 @@ from cvxnn.layerwise.memory import PeakMemory
 from cvxnn.layerwise.network import Standardizer, TrainedStage
 from cvxnn.layerwise.options import SgdOptions, StageOptions
 from cvxnn.layerwise.reduction import stage_pooling
-from cvxnn.layerwise.results import StageResult
+from cvxnn.layerwise.results import StageResult, accuracy
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead, unshuffle
 from cvxnn.layerwise.ties import gates_off_ties
 from cvxnn.layerwise.training import epoch_seed
 from cvxnn.operators import CNNOperator
-from cvxnn.operators.base import Operator
+from cvxnn.operators.shared_images import SharedImages
+from cvxnn.operators.sources import ImageSource
 from cvxnn.problem import Problem
 from cvxnn.problems import cnn_problem
 
@@ -33,14 +35,41 @@ __all__ = ["LayerwiseRun", "Samples"]
 
 @dataclass
 class Samples:
-    """Standardised images (n, C, H, W), labels as indices, and the images of the stage at hand."""
+    """Standardised images (n, C, H, W), labels as indices, and the images of the stage at hand.
+
+    Of several processes each has the images of its share of the samples, and the labels of all.
+    """
 
     images: torch.Tensor
     labels: np.ndarray
+    group: Group | None = None
     source: torch.Tensor | StageMaps = field(init=False)
 
     def __post_init__(self) -> None:
         self.source = self.images
+
+    @property
+    def own(self) -> slice:
+        """The samples whose images are here."""
+        return slice(0, len(self.labels)) if self.group is None else self.group.share(len(self.labels))
+
+    @property
+    def all_images(self) -> torch.Tensor | ImageSource:
+        """The images of the stage of all samples."""
+        return self.source if self.group is None else SharedImages(self.source, self.group, len(self.labels))
+
+    @property
+    def rounding(self) -> float:
+        """What readings of the images of the stage can differ by, the largest of all processes."""
+        found = self.source.rounding if isinstance(self.source, StageMaps) else 0.0
+        return found if self.group is None else self.group.largest(found)
+
+    def accuracy(self, outputs: torch.Tensor) -> float:
+        """Part of all samples whose largest output is that of their label, from the outputs (m, c) of those here."""
+        if self.group is None:
+            return accuracy(outputs, self.labels)
+        right = (outputs.argmax(1).cpu().numpy() == self.labels[self.own]).sum()
+        return self.group.sums(float(right))[0] / len(self.labels)
 
 
 @dataclass
@@ -77,6 +106,16 @@ class LayerwiseRun:
     verbose: int
     trained: list[TrainedStage] = field(default_factory=list)
     results: list[StageResult] = field(default_factory=list)
+
+    @property
+    def group(self) -> Group | None:
+        """The processes that the samples are shared out to."""
+        return self.train.group
+
+    def stops(self, entry: dict[str, Any]) -> bool:
+        """Whether a callback ends training; of several processes the first decides."""
+        stop = [callback(entry) for callback in self.callbacks]
+        return any(stop) if self.group is None or not stop else self.group.of_first(any(stop)) > 0
 
     def run(self) -> None:
         """Train what is not there yet; the stages are in `trained`, what is known of them in `results`."""
@@ -142,13 +181,13 @@ class LayerwiseRun:
         """The problem of a stage; with the gates of a checkpoint, these were drawn by the same run."""
         problem = self._problem_of(stage, gates)
         if gates is None:
-            moved = gates_off_ties(self._operator(problem))
+            moved = gates_off_ties(self._operator(problem), self.train.all_images)
             problem = problem if moved is None else self._problem_of(stage, moved)
         return problem.with_scope("sampled_gates")
 
     def _problem_of(self, stage: StageOptions, gates: np.ndarray | None) -> Problem:
         return cnn_problem(
-            self.train.source,
+            self.train.all_images,
             np.eye(self.n_outputs)[self.train.labels],
             filter_size=stage.geometry.filter_size,
             stride=stage.geometry.stride,
@@ -168,14 +207,15 @@ class LayerwiseRun:
         )
 
     def _operator(self, problem: Problem) -> CNNOperator:
-        assert isinstance(problem.operator, CNNOperator)
-        return problem.operator
+        """That of the samples of this process."""
+        assert isinstance(problem.operator.local, CNNOperator)
+        return problem.operator.local
 
-    def validation_operator(self, op: Operator) -> CNNOperator | None:
-        """The operator of the validation set with the same gates."""
+    def validation_operator(self, problem: Problem) -> CNNOperator | None:
+        """The operator of the validation set with the same gates, of the samples of this process."""
         if self.validation is None:
             return None
-        assert isinstance(op, CNNOperator)
+        op = self._operator(problem)
         return CNNOperator(self.validation.source, op.n_outputs, op.geometry, op.pooling, op.gates)
 
     def trained_stage(
@@ -193,7 +233,7 @@ class LayerwiseRun:
         kept = columns[chosen.sort().values]
         layer = GatedConvolution(kept.u, gates, kept.gate, stage.geometry, stage.downsample)
         if stage.normalize:
-            scales = channel_scales(op.images, layer)
+            scales = channel_scales(op.images, layer, self.group)
             layer.filters.data.mul_(scales.unsqueeze(1).to(layer.filters))
         return TrainedStage(convolution, head, layer, stage.reduction)
 
@@ -216,5 +256,5 @@ class LayerwiseRun:
             channels=trained.features.n_channels,
             image_shape=tuple(source.shape[1:]),
             map_shape=(trained.features.n_channels, *grid),
-            rounding=source.rounding if isinstance(source, StageMaps) else 0.0,
+            rounding=self.train.rounding,
         )

@@ -12,7 +12,7 @@ from cvxnn.columns import Columns
 from cvxnn.errors import CertificationWarning
 from cvxnn.layerwise.network import TrainedStage
 from cvxnn.layerwise.options import StageOptions
-from cvxnn.layerwise.results import StageResult, accuracy
+from cvxnn.layerwise.results import StageResult
 from cvxnn.problem import Problem
 from cvxnn.solvers import Result, solve
 
@@ -49,11 +49,11 @@ def train_convexly(
     result.seconds = time.perf_counter() - begin
     result.certificate = solution.certificate
     intercept = solution.intercept.to(columns.u)
-    result.accuracy = accuracy(problem.operator.apply_columns(columns) + intercept, run.train.labels)
-    checked = run.validation_operator(problem.operator)
+    result.accuracy = run.train.accuracy(problem.operator.local.apply_columns(columns) + intercept)
+    checked = run.validation_operator(problem)
     if checked is not None:
         assert run.validation is not None
-        result.validation_accuracy = accuracy(checked.apply_columns(columns) + intercept, run.validation.labels)
+        result.validation_accuracy = run.validation.accuracy(checked.apply_columns(columns) + intercept)
     if solution.status not in ("certified", "interrupted"):
         warnings.warn(
             f"stage {stage.number} ended as {solution.status!r} at a relative duality gap of "

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cvxnn.certificates import Certificate, certify
 from cvxnn.columns import Columns
-from cvxnn.errors import CertificationWarning, StorageError
+from cvxnn.errors import CertificationWarning, DistributedError, StorageError
 from cvxnn.layerwise.features import (
     AugmentedImages,
     BatchFeatures,
@@ -24,7 +24,7 @@ from cvxnn.layerwise.features import (
 from cvxnn.layerwise.network import TrainedStage
 from cvxnn.layerwise.options import StageOptions
 from cvxnn.layerwise.precision import tensor_float32
-from cvxnn.layerwise.results import StageResult, accuracy
+from cvxnn.layerwise.results import StageResult
 from cvxnn.layerwise.training import Factors, Sgd, epoch_seed, first_factors
 from cvxnn.operators import CNNOperator
 from cvxnn.problem import Problem
@@ -62,8 +62,8 @@ class SgdStage:
         begin: float,
     ) -> None:
         self.run, self.stage, self.problem, self.begin = run, stage, problem, begin
-        assert isinstance(problem.operator, CNNOperator)
-        self.op = problem.operator
+        assert isinstance(problem.operator.local, CNNOperator)
+        self.op = problem.operator.local
         assert self.op.gates is not None
         self.gates = self.op.gates
         self.kind = self._kind() if saved is None else saved[0]["features"]
@@ -80,7 +80,7 @@ class SgdStage:
         self.spent = 0.0
         if saved is not None:
             self._restore(*saved)
-        checked = run.validation_operator(self.op)
+        checked = run.validation_operator(problem)
         self.validation = None if checked is None else self._features(checked)
 
     def _kind(self) -> str:
@@ -88,7 +88,10 @@ class SgdStage:
         options = self.run.sgd
         if options.augment is not None or options.features == "convolved":
             return "convolved"
-        return "pooled" if options.features == "cached" or pooled_fits(self.op) else "convolved"
+        if options.features == "cached":
+            return "pooled"
+        fits, group = pooled_fits(self.op), self.run.group
+        return "pooled" if (fits if group is None else not group.any(not fits)) else "convolved"
 
     def _features(self, op: CNNOperator) -> BatchFeatures:
         return PooledFeatures(op) if self.kind == "pooled" else ConvolvedFeatures(op, mixed=self.run.mixed)
@@ -117,13 +120,14 @@ class SgdStage:
         seconds = self._elapsed()
         if status == "diverged":
             outputs = evaluate_outputs(self.features, point.u, point.outputs)
-            point = point if bool(torch.isfinite(outputs).all()) else self.first
+            finite = bool(torch.isfinite(outputs).all())
+            point = point if (finite if run.group is None else not run.group.any(not finite)) else self.first
         trained = self._from_factors(point)
         result = run.result(stage, problem, trained, status, self.trace)
         result.features, result.seconds = self.kind, seconds
         if not by_hand:
             plain = self.features if run.sgd.augment is None else self._features(self.op)
-            result.accuracy = accuracy(evaluate_outputs(plain, point.u, point.outputs), run.train.labels)
+            result.accuracy = run.train.accuracy(evaluate_outputs(plain, point.u, point.outputs))
             del plain
         result.validation_accuracy = self.trace[-1]["validation_accuracy"] if self.trace else None
         if run.certify and not by_hand and status != "diverged":
@@ -153,10 +157,14 @@ class SgdStage:
                     facts = {"epoch": sgd.epoch, "trace": self.trace, "seconds": self._elapsed(), "features": self.kind}
                     run.folder.save_training(stage.number, run.seed, facts, sgd.state() | {"gates": self.gates})
                 self._report(entry)
-                stop = [callback(entry) for callback in run.callbacks]
-                if any(stop):
+                if run.stops(entry):
                     return "interrupted", point, False
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as cause:
+            if run.group is not None:
+                # The other processes may be anywhere in their work, or gone.
+                raise DistributedError(
+                    f"training was interrupted in epoch {sgd.epoch + 1} of stage {stage.number}"
+                ) from cause
             if not self.trace:
                 raise NothingTrained from None
             return "interrupted", point, True
@@ -164,7 +172,7 @@ class SgdStage:
 
     def _validate(self, validation: BatchFeatures) -> float:
         assert self.run.validation is not None
-        return accuracy(self.sgd.outputs(validation), self.run.validation.labels)
+        return self.run.validation.accuracy(self.sgd.outputs(validation))
 
     def _certify(self, point: Factors) -> Certificate:
         op = self.op
@@ -189,7 +197,7 @@ class SgdStage:
         )
 
     def _report(self, entry: dict[str, Any]) -> None:
-        if not self.run.verbose:
+        if not self.run.verbose or (self.run.group is not None and self.run.group.rank > 0):
             return
         held = entry["validation_accuracy"]
         tail = "" if held is None else f"  validation {100 * held:.2f}%"

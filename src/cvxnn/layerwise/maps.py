@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn import functional
 
+from cvxnn.distributed import Group
 from cvxnn.layerwise.reduction import Reduction
 from cvxnn.layerwise.stage import GatedConvolution, unshuffle
 from cvxnn.operators import PatchGeometry
@@ -174,13 +175,21 @@ def _patch_squares(images: torch.Tensor, geometry: PatchGeometry) -> torch.Tenso
     return sums.flatten(1) + geometry.bias
 
 
-def channel_scales(images: torch.Tensor | ImageSource, layer: GatedConvolution) -> torch.Tensor:
-    """One over the root mean square of each channel of the maps over all samples, (r,) float64; 1 where that is 0."""
+def channel_scales(
+    images: torch.Tensor | ImageSource, layer: GatedConvolution, group: Group | None = None
+) -> torch.Tensor:
+    """One over the root mean square of each channel of the maps over all samples, (r,) float64; 1 where that is 0.
+
+    With a group the images are those of this process, of the samples of all.
+    """
     n, _, height, width = images.shape
     positions = math.prod(layer.geometry.grid(height, width))
     size = images.dtype.itemsize * positions * (2 * layer.filters.shape[1] + 4 * layer.n_channels)
     total = torch.zeros(layer.n_channels, dtype=torch.float64, device=images.device)
     for rows in row_batches(n, size, _BATCH_BYTES):
         total += layer.maps(images[rows]).detach().double().square().sum((0, 2, 3))
+    if group is not None:
+        n = int(group.sums(n)[0])
+        group.add_up(total)
     root = (total / (n * positions)).sqrt()
     return torch.where(root > 0, 1 / root, 1.0)

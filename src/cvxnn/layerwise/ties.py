@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from cvxnn.operators import CNNOperator
+from cvxnn.operators.sources import ImageSource
 
 __all__ = ["gates_off_ties"]
 
@@ -19,7 +20,7 @@ _SHARE = 1e-3
 _LEFT_ACTIVE = 0.02
 
 
-def gates_off_ties(op: CNNOperator) -> np.ndarray | None:
+def gates_off_ties(op: CNNOperator, images: torch.Tensor | ImageSource | None = None) -> np.ndarray | None:
     """Gates (h, P) with other thresholds where more than 0.1% of the patches are at one; None where none is moved.
 
     Images have patches that occur many times, such as those of an empty background. Where the quantile that a
@@ -30,11 +31,13 @@ def gates_off_ties(op: CNNOperator) -> np.ndarray | None:
     ----------
     op : CNNOperator
         With hidden biases; the last row of its gates holds the thresholds.
+    images : torch.Tensor or ImageSource of shape (n, C, H, W), optional
+        Of all samples, where the operator has a part of them.
     """
     assert op.gates is not None
     if not op.geometry.bias:
         return None
-    patches = _some_patches(op)
+    patches = _some_patches(op, op.images if images is None else images)
     size = _MARGIN * float(patches.norm(dim=1).square().mean().sqrt())
     moved = op.gates.copy()
     for start in range(0, op.n_gates, 16):
@@ -54,14 +57,14 @@ def _shift(values: torch.Tensor, margin: float) -> float:
     return min(float(below.max()) / 2, -4 * margin) if len(below) > 0 else -4 * margin
 
 
-def _some_patches(op: CNNOperator) -> torch.Tensor:
+def _some_patches(op: CNNOperator, images: torch.Tensor | ImageSource) -> torch.Tensor:
     """Patches of images that are spread over the data, in float64."""
-    images = op.images if isinstance(op.images, torch.Tensor) else op.images.double()
+    images = images if isinstance(images, torch.Tensor) else images.double()
     rng = np.random.default_rng(0)
     h = op.block_shape[1]
     wanted = min(_PATCHES, _NUMBERS // h)
-    n = min(op.n_samples, max(1, 4 * wanted // op.n_patches))
-    chosen = np.sort(rng.permutation(op.n_samples)[:n])
+    n = min(len(images), max(1, 4 * wanted // op.n_patches))
+    chosen = np.sort(rng.permutation(len(images))[:n])
     each = min(op.n_patches, -(-wanted // n))
     together = max(1, _NUMBERS // (4 * op.n_patches * h))
     parts = []

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cvxnn.errors import StorageError
-from cvxnn.layerwise.features import BatchFeatures, evaluate_outputs
+from cvxnn.layerwise.features import Among, BatchFeatures, evaluate_outputs
 from cvxnn.layerwise.options import SgdOptions, StageOptions
 from cvxnn.problem import Problem
 
@@ -79,6 +79,7 @@ class Sgd:
     problem : Problem
         Its loss, targets and beta; with ``reduction="mean"``.
     features : BatchFeatures
+        Of the samples of this process; gradients are added up over all processes.
     start : Factors
     stage : StageOptions
     options : SgdOptions
@@ -96,6 +97,7 @@ class Sgd:
         seed: int,
     ) -> None:
         self.problem, self.features = problem, features
+        self.group = problem.operator.group
         self.stage, self.options, self.seed = stage, options, seed
         self.factors = start.copy()
         self.epoch = 0
@@ -125,17 +127,22 @@ class Sgd:
         self.features.start_epoch(epoch_seed(self.seed, *place, 1))
         total = torch.zeros((), dtype=torch.float64, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        for rows in order.to(device).split(self.options.batch_size):
+        for batch in order.to(device).split(self.options.batch_size):
+            rows, local, among = self._own(batch)
             Y = problem.Y[rows]
-            weights = Y.new_full((len(rows),), 1 / len(rows))
-            outputs = factors.outputs(self.features.hidden(rows, factors.u))
+            weights = Y.new_full((len(rows),), 1 / len(batch))
+            outputs = factors.outputs(self.features.hidden(local, factors.u, among))
             with torch.no_grad():
                 seen = outputs.detach()
-                total += len(rows) * problem.loss.value(seen, Y, weights)
+                total += len(batch) * problem.loss.value(seen, Y, weights)
                 correct += (seen.argmax(1) == Y.argmax(1)).sum()
             self.optimizer.zero_grad(set_to_none=True)
             outputs.backward(problem.loss.gradient(seen, Y, weights))
+            if self.group is not None:
+                self.group.add_up(*(part.grad for part in factors.parts() if part.grad is not None))
             self.optimizer.step()
+        if self.group is not None:
+            self.group.add_up(total, correct)
         self.epoch += 1
         loss = float(total) / n
         return {
@@ -145,6 +152,14 @@ class Sgd:
             "objective": loss + problem.beta / 2 * factors.squares(),
             "accuracy": int(correct) / n,
         }
+
+    def _own(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Among | None]:
+        """Those of the samples of a batch that are in this process, as numbers among all and here, and their places."""
+        if self.group is None:
+            return batch, batch, None
+        share = self.group.share(self.problem.n_samples)
+        place = ((batch >= share.start) & (batch < share.stop)).nonzero()[:, 0]
+        return batch[place], batch[place] - share.start, (place, len(batch))
 
     def has_diverged(self, loss: float) -> bool:
         """Whether the loss of an epoch is far above that of outputs 0, or numbers are not finite."""

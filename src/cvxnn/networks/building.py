@@ -60,7 +60,7 @@ def build_network(
         None if gates is None else gates.clone(),
         None if gates is None else index,
     )
-    op = problem.operator
+    op = problem.operator.plain
     if isinstance(op, CNNOperator):
         height, width = op.images.shape[2:]
         grid = op.geometry.grid(height, width)

@@ -8,12 +8,14 @@ from cvxnn.operators.patches import PatchGeometry
 from cvxnn.operators.pooling import pooling_matrix
 from cvxnn.operators.rows import MappedRows, Rows, RowSource
 from cvxnn.operators.sharded import ShardedOperator
+from cvxnn.operators.sharded_gates import GateShardedOperator
 from cvxnn.operators.streamed import StreamedMLPOperator
 
 __all__ = [
     "FEATURES",
     "AttentionOperator",
     "CNNOperator",
+    "GateShardedOperator",
     "MLPOperator",
     "MappedRows",
     "Operator",

@@ -52,6 +52,10 @@ class Operator(ABC):
     has_rows: bool = True
     #: Whether :meth:`kernel_columns` is there, at a cost far below that of the kernel.
     has_kernel_columns: bool = False
+    #: Whether blocks are those of some gates only, the others being in other processes.
+    shares_gates: bool = False
+    #: Number of the first gate of this process.
+    first_gate: int = 0
     dtype: torch.dtype
     device: torch.device
 
@@ -59,6 +63,16 @@ class Operator(ABC):
     def n_gates(self) -> int:
         """Number of gates P."""
         return self.block_shape[0]
+
+    @property
+    def total_gates(self) -> int:
+        """Number of gates of all processes."""
+        return self.n_gates
+
+    @property
+    def plain(self) -> Operator:
+        """The map of the samples and gates of this process by themselves."""
+        return self
 
     @property
     def gate_vectors(self) -> np.ndarray | None:
@@ -90,6 +104,25 @@ class Operator(ABC):
     def summed(self, value: float, *tensors: torch.Tensor) -> float:
         """Add up what every process has of a sum over the samples: the tensors in place, the value as the result."""
         return value
+
+    def over_gates(self, *values: float) -> list[float]:
+        """Add up what every process has of sums over the gates."""
+        return list(values)
+
+    def all_gates(self, part: torch.Tensor) -> torch.Tensor:
+        """Rows of all gates, in order, from those of the gates of this process; as many for each gate."""
+        return part
+
+    def own_gates(self, whole: torch.Tensor) -> torch.Tensor:
+        """The rows of the gates of this process; rows that are these already stay."""
+        return whole
+
+    def add_outputs(self, *outputs: torch.Tensor) -> None:  # noqa: B027
+        """Add up predictions in place, of which every process has what its gates add."""
+
+    def once(self, offset: torch.Tensor) -> torch.Tensor:
+        """What a process is to add to predictions before they are added up, so that the offset is in them once."""
+        return offset
 
     def part(self, rows: slice) -> Operator:
         """The same map for a range of the samples."""

@@ -50,6 +50,10 @@ class ShardedOperator(Operator):
     def local(self) -> Operator:
         return self._local
 
+    @property
+    def plain(self) -> Operator:
+        return self._local
+
     def own(self, values: torch.Tensor) -> torch.Tensor:
         return values[self._own]
 

@@ -9,7 +9,8 @@ import torch
 
 from cvxnn.distributed import common_seed
 from cvxnn.losses import Loss
-from cvxnn.operators import FEATURES, CNNOperator, PatchGeometry, pooling_matrix
+from cvxnn.operators import FEATURES, CNNOperator, Operator, PatchGeometry, ShardedOperator, pooling_matrix
+from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
 from cvxnn.problem import Problem
 from cvxnn.problems.patch_gates import choose_patch_gates
@@ -54,7 +55,7 @@ def cnn_problem(
     ----------
     images : array-like of shape (n, channels, H, W) or ImageSource
         Numbers as they are to be used: nothing is scaled. A source, read in batches, has its own type and device,
-        which count in place of `dtype` and `device`.
+        which count in place of `dtype` and `device`; it may hold a share of the images.
     Y : array-like of shape (n,) or (n, c)
         As for :func:`cvxnn.mlp_problem`.
     activation : {"linear", "gated_relu", "relu"}
@@ -138,11 +139,17 @@ def cnn_problem(
     if isinstance(tensor, torch.Tensor):
         check_range(tensor, "images")
 
-    arguments = tensor, task.n_outputs, geometry, pool
+    held = tensor.local if isinstance(tensor, SharedImages) else tensor
+    arguments = held, task.n_outputs, geometry, pool
     if not task.gated(gates):
-        return task.problem(CNNOperator(*arguments, features=features), "linear_network")
+        return task.problem(_shared(CNNOperator(*arguments, features=features), tensor), "linear_network")
     found = choose_patch_gates(
         tensor, geometry, gates, n_gates, gate_sampling, gate_quantile, max_cells, random_state, activation
     )
     operator = CNNOperator(*arguments, found.gates, found.bits, activation, features)
-    return task.problem(operator, found.scope, found.coverage)
+    return task.problem(_shared(operator, tensor), found.scope, found.coverage)
+
+
+def _shared(operator: CNNOperator, images: torch.Tensor | ImageSource) -> Operator:
+    """The operator of the images of all processes, where they are shared out already."""
+    return ShardedOperator(operator, images.group, len(images)) if isinstance(images, SharedImages) else operator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,16 +16,9 @@ from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.problems.rows import as_row_source, streamed_operator
 from cvxnn.problems.task import Task, read_task
-from cvxnn.validation import as_matrix, check_range
+from cvxnn.validation import as_matrix, check_range, without_copy
 
 __all__ = ["mlp_problem"]
-
-
-def _without_copy(data: np.ndarray) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # torch warns of arrays that cannot be written to; nothing writes to the data.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(data)
 
 
 def _check_memory(X: Any, task: Task, n_gates: int) -> None:
@@ -148,7 +140,7 @@ def mlp_problem(
         data = np.hstack([data, np.ones((len(data), 1))])
     # A memory-mapped array in the type of the problem stays where it is.
     mapped = isinstance(X, np.memmap) and not task.hidden_bias and task.dtype == torch.float64
-    tensor = _without_copy(data) if mapped else torch.tensor(data, dtype=task.dtype)
+    tensor = without_copy(data) if mapped else torch.tensor(data, dtype=task.dtype)
     check_range(tensor, "X")
 
     found = None

@@ -14,9 +14,11 @@ from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.gates import choose_gates, draw_gates
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
+from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
 from cvxnn.patterns import Coverage, PatchBits, patch_bits
 from cvxnn.patterns.activation import pack_columns
+from cvxnn.problems.distinct import distinct_everywhere
 
 __all__ = ["PatchGates", "choose_patch_gates", "distinct_gates"]
 
@@ -30,7 +32,10 @@ _BATCH_BYTES = 2**27
 
 @dataclass(frozen=True)
 class PatchGates:
-    """Gates (h, P) with what is known of them, as :class:`cvxnn.gates.ChosenGates`; patterns of all patches."""
+    """Gates (h, P) with what is known of them, as :class:`cvxnn.gates.ChosenGates`; patterns of all patches.
+
+    Of images that are shared out to processes, the patterns are those of this process.
+    """
 
     gates: np.ndarray
     bits: PatchBits
@@ -54,6 +59,7 @@ def choose_patch_gates(
     Parameters
     ----------
     images : torch.Tensor or ImageSource of shape (n, channels, H, W)
+        Those that are shared out to processes are read by all of them at the same time.
 
     Notes
     -----
@@ -66,32 +72,41 @@ def choose_patch_gates(
     if isinstance(images, ImageSource):
         images = images.double()
 
+    held, own = images, slice(None)
+    if isinstance(images, SharedImages):
+        held, own = images.local, images.own
+
     def patches(rows: Any) -> torch.Tensor:
-        return geometry(images[rows].double())
+        """Of the images that are here."""
+        return geometry(held[rows].double())
 
     if n * n_patches <= _PATCHES:
-        X = patches(slice(None)).flatten(0, 1).cpu().numpy()
+        X = geometry(images[:].double()).flatten(0, 1).cpu().numpy()
         chosen = choose_gates(
             X, gates, n_gates, geometry.bias, gate_sampling, gate_quantile, max_cells, random_state, activation
         )
-        data = torch.from_numpy(chosen.patterns).view(n, n_patches, -1).to(images.device)
+        data = torch.from_numpy(chosen.patterns).view(n, n_patches, -1)[own].to(images.device)
         return PatchGates(chosen.gates, PatchBits(data, data.shape[2]), chosen.scope, chosen.coverage)
     if isinstance(gates, str):
         raise UnsupportedError(
             f"gates is {gates!r} and the images have {n * n_patches} patches; all patterns are enumerated for at most "
             f"{_PATCHES} patches"
         )
-    sample = _drawn_patches(images, geometry, n_patches, random_state) if gates is None else patches(slice(0, 1))[0]
+    if gates is None:
+        sample = _drawn_patches(images, geometry, n_patches, random_state)
+    else:
+        sample = geometry(images[:1].double())[0]
     found, scope = draw_gates(
         sample.cpu().numpy(), gates, n_gates, geometry.bias, gate_sampling, gate_quantile, random_state
     )
     vectors = torch.from_numpy(found).to(images.device)
     size = 8 * n_patches * (2 * geometry.length(images.shape[1]) + 2 * found.shape[1])
-    batches = row_batches(n, size, _BATCH_BYTES)
-    bits = patch_bits(n, patches, vectors, batches[0].stop)
+    batches = row_batches(len(held), size, _BATCH_BYTES)
+    bits = patch_bits(len(held), patches, vectors, batches[0].stop)
     if gates is not None:
         return PatchGates(found, bits, scope)
-    kept = distinct_gates(bits, lambda rows: patches(rows).any(2), batches)
+    distinct = distinct_everywhere if isinstance(images, SharedImages) else distinct_gates
+    kept = distinct(bits, lambda rows: patches(rows).any(2), batches)
     if len(kept) == found.shape[1]:
         return PatchGates(found, bits, scope)
     if len(kept) == 0:

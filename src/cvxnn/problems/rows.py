@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
-from cvxnn.distributed import current_group
+from cvxnn.distributed import sample_group
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.gates import draw_gates
 from cvxnn.operators import MappedRows, Operator, Rows, RowSource, ShardedOperator, StreamedMLPOperator
 from cvxnn.patterns import patch_bits
+from cvxnn.problems.distinct import distinct_everywhere
 from cvxnn.problems.task import Task
 
 __all__ = ["as_row_source", "streamed_operator"]
@@ -51,7 +51,7 @@ def streamed_operator(source: RowSource, task: Task, gates: Any, **sampling: Any
         raise UnsupportedError("activation is 'relu', whose cones need X in memory; give an array in place of a file")
     if isinstance(gates, str):
         raise UnsupportedError(f"gates is {gates!r}, for which X must be in memory; give an array in place of a file")
-    group = current_group()
+    group = sample_group()
     rows = Rows(source, task.dtype, task.device, task.hidden_bias)
     own = rows if group is None else rows.part(group.share(len(rows)))
     informative = _scan(own, len(rows))
@@ -111,23 +111,11 @@ _DRAWN = ("gate_sampling", "gate_quantile", "random_state")
 def _distinct(op: StreamedMLPOperator, informative: torch.Tensor) -> np.ndarray:
     """Gates to keep: the first of each pattern over the samples of all processes, without empty ones."""
     assert op.bits is not None
-    group = current_group()
-    digests = [hashlib.blake2b(digest_size=16) for _ in range(op.n_gates)]
-    active = torch.zeros(op.n_gates, dtype=torch.bool)
-    for rows in op.X.batches():
-        bits = op.bits.rows(rows)[:, 0].cpu()[informative[rows]]
-        active |= bits.any(0)
-        for digest, column in zip(digests, np.packbits(bits.numpy(), axis=0).T, strict=True):
-            digest.update(np.ascontiguousarray(column).data)
-    keys = [digest.digest() + bytes([bool(on)]) for digest, on in zip(digests, active, strict=True)]
-    whole = [keys] if group is None else group.gather_bytes(keys)
+    group = sample_group()
+    kept = distinct_everywhere(op.bits, lambda rows: informative[rows].unsqueeze(1).to(op.device), op.X.batches())
     some = bool(informative.any()) if group is None else group.any(bool(informative.any()))
     if not some:
         return np.arange(1)
-    first: dict[bytes, int] = {}
-    for k, parts in enumerate(zip(*whole, strict=True)):
-        if any(part[-1] for part in parts):
-            first.setdefault(b"".join(parts), k)
-    if not first:
+    if len(kept) == 0:
         raise InvalidInputError(f"none of the {op.n_gates} gates is active on any sample; draw more gates")
-    return np.fromiter(first.values(), dtype=np.int64, count=len(first))
+    return kept

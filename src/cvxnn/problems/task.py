@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvxnn.distributed import current_group
+from cvxnn.distributed import Group, current_group
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Loss, get_loss
 from cvxnn.norms import MatrixNorm, get_norm
-from cvxnn.operators import Operator, ShardedOperator
+from cvxnn.operators import GateShardedOperator, Operator, ShardedOperator
 from cvxnn.patterns import Coverage
 from cvxnn.problem import Problem
 from cvxnn.validation import (
@@ -73,11 +73,10 @@ class Task:
     def problem(self, operator: Operator, scope: str, coverage: Coverage | None = None) -> Problem:
         """The problem of an operator on the samples; within :func:`cvxnn.distributed.start` they are shared out."""
         group = current_group()
+        if group is not None and self.activation == "relu":
+            raise UnsupportedError(f"activation is 'relu', whose cones need the {group.shard} of all processes in one")
         if group is not None and operator.group is None:
-            if self.activation == "relu":
-                raise UnsupportedError("activation is 'relu', whose cones need the samples of all processes in one")
-            share = group.share(operator.n_samples)
-            operator = ShardedOperator(operator.part(share), group, operator.n_samples)
+            operator = _shared_out(operator, group)
         total = self._total if self.reduction == "mean" else 1.0
         return Problem(
             operator,
@@ -93,6 +92,16 @@ class Task:
             classes=self.classes,
             coverage=coverage,
         )
+
+
+def _shared_out(operator: Operator, group: Group) -> Operator:
+    """What a process keeps of an operator: some of the samples, or of the gates."""
+    if group.shard == "samples":
+        return ShardedOperator(operator.part(group.share(operator.n_samples)), group, operator.n_samples)
+    if operator.gates is None:
+        raise UnsupportedError("activation is 'linear', which has no gates to share out; shard='samples' is wanted")
+    chosen = torch.arange(operator.n_gates, device=operator.device)[group.share(operator.n_gates, "gates")]
+    return GateShardedOperator(operator.select(chosen), group, operator.gates, operator.n_gates)
 
 
 def read_task(

@@ -173,6 +173,9 @@ def _lacking(kind: type[Solver], problem: Problem) -> str | None:
     if problem.cones is not None and not kind.cones:
         able = ", ".join(repr(name) for name, solver in SOLVERS.items() if solver.cones)
         return f"it does not keep the columns of ReLU networks in their cones; one of {able} is wanted"
+    if problem.operator.shares_gates and not kind.shares_gates:
+        able = ", ".join(repr(name) for name, solver in SOLVERS.items() if solver.shares_gates)
+        return f"the gates are shared out to several processes; one of {able} is wanted"
     if problem.operator.group is not None and not kind.sharded:
         able = ", ".join(repr(name) for name, solver in SOLVERS.items() if solver.sharded)
         return f"the samples are shared out to several processes; one of {able} is wanted"
@@ -194,7 +197,8 @@ def _as_iterate(problem: Problem, init: Any, factored: bool) -> Iterate | None:
         Z, factors = init.Z, init.factors
         if init.problem.Y.shape == problem.Y.shape:
             dual = init.dual
-    n_gates, p, q = problem.operator.block_shape
+    _, p, q = problem.operator.block_shape
+    n_gates, own = problem.n_gates, problem.operator.own_gates
     try:
         if factors is not None:
             U, V = (torch.as_tensor(part, dtype=torch.float64, device=problem.device).detach() for part in factors)
@@ -212,6 +216,10 @@ def _as_iterate(problem: Problem, init: Any, factored: bool) -> Iterate | None:
         raise InvalidInputError(f"init has shape {seen}; {(n_gates, p, q)} is wanted")
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise InvalidInputError("init contains NaN or infinity; finite numbers are wanted")
+    if problem.operator.shares_gates and factored:
+        raise UnsupportedError("init is given, but solvers on factors start at random where gates are shared out")
+    Z = None if Z is None else own(Z)
+    factors = None if factors is None else (own(factors[0]), own(factors[1]))
     if factored:
         if factors is None and problem.cones is not None:
             raise InvalidInputError("init is given as blocks; a ReLU problem starts from factors (U, V) or a Result")

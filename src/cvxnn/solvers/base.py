@@ -57,6 +57,10 @@ class Solver(ABC):
         Whether it keeps the columns of ReLU problems in their cones.
     sharded : bool
         Whether it runs on samples that are shared out to processes.
+    shares_gates : bool
+        Whether it runs on gates that are shared out to processes.
+    per_gate : tuple of str
+        The tensors of its state whose rows are those of the gates.
     """
 
     name: ClassVar[str]
@@ -66,6 +70,8 @@ class Solver(ABC):
     check_every: ClassVar[int] = 10
     cones: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
+    shares_gates: ClassVar[bool] = False
+    per_gate: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

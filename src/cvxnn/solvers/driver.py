@@ -55,7 +55,8 @@ class _Best:
     def update(self, problem: Problem, point: Iterate, seconds: float) -> bool:
         """Take in a point, with about so long for its dual norms; False if it is not finite."""
         parts = (point.Z,) if point.factors is None else point.factors
-        if not all(part is not None and bool(torch.isfinite(part).all()) for part in parts):
+        finite = all(part is not None and bool(torch.isfinite(part).all()) for part in parts)
+        if problem.operator.over_gates(float(not finite))[0] > 0:
             return False
         Z = point.Z if point.factors is None else None
         seen = evaluate(problem, Z, factors=point.factors, intercept=point.intercept)
@@ -211,7 +212,8 @@ def run(
         except (KeyboardInterrupt, DistributedError, torch.linalg.LinAlgError) as cause:
             if isinstance(cause, DistributedError) or (group is not None and isinstance(cause, KeyboardInterrupt)):
                 # The other processes may be anywhere in their work, or gone: there is no certificate to be had.
-                if store is not None and state is not None:
+                # Gates that are shared out cannot be put together any more; their last checkpoint stays.
+                if store is not None and state is not None and not problem.operator.shares_gates:
                     store.save(iteration, elapsed(), best, state, next_check)
                 if isinstance(cause, DistributedError):
                     raise
@@ -238,6 +240,7 @@ def run(
         certificate = best.certificate(problem)
     if status != "certified" and not stopped and certificate.relative_gap <= tol:
         status = "certified"
+    whole = problem.operator.all_gates
     return Result(
         problem=problem,
         solver=solver.name,
@@ -245,8 +248,8 @@ def run(
         n_iter=iteration,
         seconds=elapsed(),
         certificate=certificate,
-        Z=best.Z,
-        factors=best.factors,
+        Z=None if best.Z is None else whole(best.Z),
+        factors=None if best.factors is None else (whole(best.factors[0]), whole(best.factors[1])),
         intercept=best.intercept,
         dual=best.dual,
         trace=best.trace,

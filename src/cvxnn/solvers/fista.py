@@ -41,6 +41,8 @@ class Fista(Solver):
     Options = FistaOptions
     default_max_iter: ClassVar[int] = 100_000
     sharded: ClassVar[bool] = True
+    shares_gates: ClassVar[bool] = True
+    per_gate: ClassVar[tuple[str, ...]] = ("Z", "moved_Z")
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
@@ -93,15 +95,16 @@ class Fista(Solver):
             Z, _ = problem.norm.prox(self.moved_Z - gradient / self.lipschitz, problem.beta / self.lipschitz)
             difference = Z - self.moved_Z
             outputs = self.op.apply(Z)
-            model = value + float((gradient * difference).sum())
-            model += self.lipschitz / 2 * float(difference.square().sum())
+            slope, squares = self.op.over_gates(float((gradient * difference).sum()), float(difference.square().sum()))
+            model = value + slope + self.lipschitz / 2 * squares
             if self._smooth(outputs)[0] <= model + rounding:
                 break
             self.lipschitz *= 2
         self._accelerate(Z, outputs)
 
     def _accelerate(self, Z: torch.Tensor, outputs: torch.Tensor) -> None:
-        uphill = self.options.restart and float(((self.moved_Z - Z) * (Z - self.Z)).sum()) > 0
+        (angle,) = self.op.over_gates(float(((self.moved_Z - Z) * (Z - self.Z)).sum()))
+        uphill = self.options.restart and angle > 0
         previous = 1.0 if uphill else self.momentum
         self.momentum = (1 + math.sqrt(1 + 4 * previous**2)) / 2
         weight = 0.0 if uphill else (previous - 1) / self.momentum

@@ -73,13 +73,20 @@ class BurerMonteiro(Solver):
         """Gaussian columns with balanced sides; predictions are of the size of the sample, whatever P and m."""
         n_gates, p, q = self.op.block_shape
         m = self.target_rank
-        entry = scale / math.sqrt(p * m * n_gates)
+        entry = scale / math.sqrt(p * m * self.op.total_gates)
         gate = torch.arange(n_gates, device=self.loss.Y.device).repeat_interleave(m)
-        u, v = self.rng.standard_normal((n_gates * m, p)), self.rng.standard_normal((n_gates * m, q))
+        u, v = self.draw(n_gates * m, p), self.draw(n_gates * m, q)
         ratio = (q / p) ** 0.25
-        columns = Columns(gate, torch.from_numpy(u) * ratio, torch.from_numpy(v) / ratio)
+        columns = Columns(gate, u * ratio, v / ratio)
         root = math.sqrt(entry)
         return Columns(gate, columns.u * root, columns.v * root).to(self.loss.Y)
+
+    def draw(self, n_columns: int, length: int) -> torch.Tensor:
+        """Normal numbers (r, length) for as many columns of each gate, on the CPU; drawn for those of all processes."""
+        each = n_columns // self.op.n_gates
+        drawn = torch.from_numpy(self.rng.standard_normal((self.op.total_gates * each, length)))
+        first = self.op.first_gate * each
+        return drawn[first : first + n_columns]
 
     def fitted(self, columns: Columns) -> Columns:
         """The columns with exactly `target_rank` per gate: the best pairs, and small random ones."""
@@ -99,15 +106,18 @@ class BurerMonteiro(Solver):
         """beta/2 times the sum of ||u_j||_C^2 + ||v_j||_R^2."""
         left, right = (VECTOR_NORMS[name] for name in self.norms)
         total = left.value(columns.u).square().sum() + right.value(columns.v).square().sum()
-        return self.problem.beta / 2 * float(total)
+        return self.problem.beta / 2 * self.op.over_gates(float(total))[0]
+
+    def euclidean(self, *parts: torch.Tensor) -> float:
+        """Euclidean length of tensors over all columns."""
+        return math.sqrt(self.op.over_gates(_squares(*parts))[0])
 
     def residual(self, columns: Columns, slopes: Slopes) -> float:
         """Relative residual of the stationarity conditions (68), (69), for l2 norms."""
         beta = self.problem.beta
-        size = columns.u.square().sum() + columns.v.square().sum()
         left, right = slopes.left + beta * columns.u, slopes.right + beta * columns.v
-        residual = left.square().sum() + right.square().sum()
-        return math.sqrt(float(residual / size)) / beta if float(size) > 0 else 0.0
+        size, residual = self.op.over_gates(_squares(columns.u, columns.v), _squares(left, right))
+        return math.sqrt(residual / size) / beta if size > 0 else 0.0
 
     def iterate(self) -> Iterate:
         factors = self.columns.balanced(self.norms).factors(self.op.n_gates)
@@ -115,14 +125,14 @@ class BurerMonteiro(Solver):
 
     def state(self) -> dict[str, Any]:
         return {
-            "gate": self.columns.gate,
+            "gate": self.columns.gate + self.op.first_gate,
             "u": self.columns.u.clone(),
             "v": self.columns.v.clone(),
             "intercept": self.intercept.clone(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.columns = Columns(state["gate"], state["u"], state["v"])
+        self.columns = Columns(state["gate"] - self.op.first_gate, state["u"], state["v"])
         self.intercept = state["intercept"]
 
     def run_facts(self) -> list[Any]:
@@ -143,7 +153,7 @@ class BurerMonteiro(Solver):
         if float(ratios[worst]) <= 1 + 10 * STATIONARITY_TOLERANCE:
             return "no gate is violated: the remaining gap is one of accuracy"
         m = self.target_rank
-        ranks = self.columns.compressed(self.op.n_gates, 1e-7).counts(self.op.n_gates).cpu()
+        ranks = self.op.all_gates(self.columns.compressed(self.op.n_gates, 1e-7).counts(self.op.n_gates)).cpu()
         seen = f"gate {worst} has ||G_k|| = {float(ratios[worst]):.4g} beta, so that another column there helps"
         violated = ratios > 1 + 10 * STATIONARITY_TOLERANCE
         if bool((ranks[violated] >= m).all()):
@@ -152,3 +162,7 @@ class BurerMonteiro(Solver):
             f"stationary, but a saddle point: {seen}, and the gate has rank {int(ranks[worst])} of {m}; "
             "leave it with 'bm_noisy_gd' or 'bm_global'"
         )
+
+
+def _squares(*parts: torch.Tensor) -> float:
+    return float(torch.stack([part.square().sum() for part in parts]).sum())

@@ -73,6 +73,10 @@ class Descent(BurerMonteiro):
     default_max_iter: ClassVar[int] = 20_000
     check_every: ClassVar[int] = 10
     sharded: ClassVar[bool] = True
+    shares_gates: ClassVar[bool] = True
+    per_gate: ClassVar[tuple[str, ...]] = (
+        *("gate", "u", "v", "velocity0", "velocity1", "probe0", "probe1", "first_u", "first_v"),
+    )
     #: Iterations between two estimates of the curvature, with ``step=None``.
     estimate_every: ClassVar[int] = 100
 
@@ -145,16 +149,16 @@ class Descent(BurerMonteiro):
     def _curvature(self) -> float:
         """Largest curvature of the objective at the point, by ten steps of a power iteration."""
         if self.probe is None:
-            draw = [torch.from_numpy(self.rng.standard_normal(part.shape)) for part in (self.columns.u, self.columns.v)]
-            self.probe = (draw[0].to(self.columns.u), draw[1].to(self.columns.v))
+            u, v = self.columns.u, self.columns.v
+            self.probe = (self.draw(*u.shape).to(u), self.draw(*v.shape).to(v))
         beta, (du, dv) = self.problem.beta, self.probe
         largest = beta
         for _ in range(10):
-            size = math.sqrt(float(du.square().sum() + dv.square().sum()))
+            size = self.euclidean(du, dv)
             du, dv = du / size, dv / size
             product = self.loss.hessian_product(self.columns, self.intercept, du, dv)
             du, dv = product.left + beta * du, product.right + beta * dv
-            largest = max(largest, math.sqrt(float(du.square().sum() + dv.square().sum())))
+            largest = max(largest, self.euclidean(du, dv))
         self.probe = (du, dv)
         return 1.1 * largest
 

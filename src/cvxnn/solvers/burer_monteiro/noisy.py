@@ -90,10 +90,10 @@ class BmNoisyGd(Descent):
     def _perturb(self) -> None:
         """Add a vector that is uniform on a sphere."""
         columns = self.columns
-        length = math.sqrt(float(columns.u.square().sum() + columns.v.square().sum()))
+        length = self.euclidean(columns.u, columns.v)
         length = length if length > 0 else 1.0
-        noise = [torch.from_numpy(self.rng.standard_normal(part.shape)) for part in (columns.u, columns.v)]
-        size = math.sqrt(sum(float(part.square().sum()) for part in noise))
+        noise = [self.draw(*part.shape) for part in (columns.u, columns.v)]
+        size = self.euclidean(*noise)
         for part, change in zip((columns.u, columns.v), noise, strict=True):
             part.add_(change.to(part), alpha=self.options.noise * length / size)
         self.since = 0
