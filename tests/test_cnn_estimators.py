@@ -129,6 +129,7 @@ def test_in_pipelines_and_cross_validation():
         (np.full((4, 8, 8), "pixel"), {}, "could not convert string"),
         (IMAGES[:4, :2, :2], {}, "filter_size has a height of 3"),
         (IMAGES[:1], {}, "only one class"),
+        (IMAGES[..., None], {}, r"\(400, 8, 8, 1\), which seems to have channels last"),
     ],
 )
 def test_careless_input(X, options, message):

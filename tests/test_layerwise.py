@@ -67,6 +67,25 @@ def test_a_convex_stage_is_certified_and_its_width_is_kept():
     assert min(found.staged_score(*HELD)) > 0.75
 
 
+@pytest.mark.parametrize("options", [{}, {"mirror": True}, {"downsample": (1,)}, {"pooling": 1, "hidden_bias": False}])
+def test_heads_from_pooled_patches_and_from_maps_are_the_same(options):
+    found = model(1, method="convex", tol=1e-2, beta=1e-4, precision="float64", **options).fit(*SMALL)
+    stage, images = found.network_.stages[0], torch.from_numpy(HELD[0][:50, None])
+    maps = found.network_.standardizer(images)
+    assert stage.convolution.n_channels > stage.convolution.gates.shape[1]
+    with torch.no_grad():
+        torch.testing.assert_close(stage(maps), stage.head(stage.convolution(maps)), rtol=1e-12, atol=1e-12)
+
+
+def test_pooled_patches_of_a_convex_stage_are_kept_or_formed_again():
+    fits = [
+        model(method="convex", width=5, tol=1e-2, precision="float64", features=name).fit(*SMALL)
+        for name in ("cached", "convolved")
+    ]
+    kept, formed = ([stage.certificate.primal for stage in fit.stages_] for fit in fits)
+    assert kept == pytest.approx(formed, rel=1e-9)
+
+
 def test_channels_after_a_convex_stage_have_unit_mean_square():
     found = model(1, method="convex", width=6, tol=1e-2, precision="float64").fit(*SMALL)
     network = found.network_

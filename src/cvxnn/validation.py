@@ -154,6 +154,10 @@ def as_matrix(value: Any, name: str, *, n_rows: int | None = None) -> np.ndarray
     return np.ascontiguousarray(array)
 
 
+#: Numbers of channels of grey, colour and transparent images: where they come last, as in square images of others.
+_CHANNELS_LAST = (1, 3, 4)
+
+
 def as_images(value: Any, name: str) -> np.ndarray:
     """Return `value` as finite numbers (n, channels, H, W), in its own type where torch has it."""
     try:
@@ -168,6 +172,11 @@ def as_images(value: Any, name: str) -> np.ndarray:
         raise InvalidInputError(f"{name} cannot be read as an array of numbers: {error}") from error
     if array.ndim != 4 or min(array.shape) == 0:
         raise InvalidInputError(f"{name} has shape {array.shape}; (n, channels, height, width) is wanted")
+    if array.shape[1] == array.shape[2] >= 8 and array.shape[3] in _CHANNELS_LAST:
+        raise InvalidInputError(
+            f"{name} has shape {array.shape}, which seems to have channels last; (n, channels, height, width) is "
+            "wanted, which transpose(0, 3, 1, 2) makes of it"
+        )
     if not all_finite(array):
         raise InvalidInputError(f"{name} contains NaN or infinity; finite numbers are wanted")
     return np.ascontiguousarray(array)

@@ -118,15 +118,16 @@ _CONVEX_FASHION = _CONVEX | {
 }
 _CONVEX_CIFAR = _CONVEX | {
     "n_stages": 2,
-    "n_gates": (72, 34),
+    "n_gates": (56, 38),
     "filter_size": (3, 1),
     "padding": 0,
     "pooling": ((3, 3), (3, 3)),
     "gate_quantile": (_MIXED_QUANTILES, _MIXED_QUANTILES),
-    "map_pooling": ((6, 3), None),
-    "width": 64,
-    "beta": (5.7e-5, 7.6e-4),
+    "map_pooling": ((5, 1), None),
+    "width": 48,
+    "beta": (6e-5, 2e-4),
     "standardize": "image",
+    "features": "cached",
 }
 
 #: Grids by the name of ``--scale``.

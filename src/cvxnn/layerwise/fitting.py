@@ -33,6 +33,10 @@ from cvxnn.problems import cnn_problem
 __all__ = ["LayerwiseRun", "Samples"]
 
 
+#: Storage of the pooled patches of a convex stage, by the option of the classifier.
+_STORAGE = {"auto": "auto", "cached": "cached", "convolved": "recomputed"}
+
+
 @dataclass
 class Samples:
     """Standardised images (n, C, H, W), labels as indices, and the images of the stage at hand.
@@ -202,6 +206,7 @@ class LayerwiseRun:
             gate_sampling=stage.gate_sampling,
             gate_quantile=stage.gate_quantile,
             random_state=epoch_seed(self.seed, stage.number),
+            features=_STORAGE[self.sgd.features] if stage.method == "convex" else "auto",
             dtype=self.train.images.dtype,
             device=self.train.images.device,
         )

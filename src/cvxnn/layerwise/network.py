@@ -9,7 +9,7 @@ from torch import nn
 
 from cvxnn.errors import InvalidInputError
 from cvxnn.layerwise.reduction import Reduction, mirrored
-from cvxnn.layerwise.stage import GatedConvolution, PooledHead
+from cvxnn.layerwise.stage import GatedConvolution, PooledHead, pooled_outputs, unshuffle
 from cvxnn.operators.base import row_batches
 
 __all__ = ["LayerwiseNetwork", "Standardizer", "TrainedStage", "outputs_in_batches"]
@@ -141,7 +141,11 @@ class TrainedStage(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Outputs of the stage's own head, (n, c), from the images of the stage."""
-        return self.head(self.convolution(images))
+        layer = self.convolution
+        if layer.n_channels <= layer.gates.shape[1]:
+            return self.head(layer(images))
+        # With more columns than gates the pooled gated patches of (24) are fewer numbers than the maps.
+        return pooled_outputs(layer, self.head, unshuffle(images) if layer.downsample else images)
 
 
 class LayerwiseNetwork(nn.Module):
@@ -199,7 +203,8 @@ class LayerwiseNetwork(nn.Module):
             if layer.downsample:
                 channels, height, width = 4 * channels, height // 2, width // 2
             grid = layer.geometry.grid(height, width)
-            columns = layer.n_channels + layer.gates.shape[1]
+            n_gates = layer.gates.shape[1]
+            columns = max(stage.features.n_channels, min(layer.n_channels, n_gates)) + n_gates
             largest = max(largest, math.prod(grid) * (3 * columns + layer.filters.shape[1]))
             height, width = stage.reduction.grid(layer.geometry, height, width)
             channels = stage.features.n_channels

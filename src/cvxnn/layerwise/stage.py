@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from cvxnn.operators import PatchGeometry
+from cvxnn.operators.pooling import Support
 
-__all__ = ["GatedConvolution", "PooledHead", "convolve", "unshuffle"]
+__all__ = ["GatedConvolution", "PooledHead", "convolve", "pooled_outputs", "unshuffle"]
 
 
 def unshuffle(images: torch.Tensor) -> torch.Tensor:
@@ -142,3 +143,18 @@ class PooledHead(nn.Module):
 def pool(maps: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
     """Maps (n, K, r) pooled by P_a (a, K) to (n, r a), the cells of a channel side by side."""
     return torch.matmul(pooling, maps).mT.flatten(1)
+
+
+def pooled_outputs(layer: GatedConvolution, head: PooledHead, images: torch.Tensor) -> torch.Tensor:
+    """``head(layer.maps(images))`` from the pooled gated patches: sum_a <P_a D_k X, sum_j u_j v_ja^T> over gates k."""
+    filters = layer.filters.to(images.dtype)
+    active = convolve(images, layer.gates.T.to(images.dtype), layer.geometry) >= 0
+    patches = layer.geometry(images)
+    support = Support(head.pooling)
+    weighted = patches[:, support.index] * support.weights.to(images.dtype).unsqueeze(2)
+    pooled = torch.matmul(active[:, support.index].to(images.dtype).mT, weighted)
+    columns = head.weight.view(len(filters), len(support.index), -1)
+    # (r, h, a, c), summed over the columns of each gate.
+    blocks = filters[:, :, None, None] * columns[:, None]
+    blocks = blocks.new_zeros(layer.gates.shape[1], *blocks.shape[1:]).index_add(0, layer.gate_index, blocks)
+    return pooled.flatten(1) @ blocks.permute(2, 0, 1, 3).flatten(0, 2) + head.bias
