@@ -13,6 +13,7 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.distributed import Group
 from cvxnn.layerwise.checkpoint import RunFolder
+from cvxnn.layerwise.features import POOLED_SHARE
 from cvxnn.layerwise.fitting_convex import train_convexly
 from cvxnn.layerwise.fitting_sgd import NothingTrained, SgdStage
 from cvxnn.layerwise.maps import StageMaps, channel_scales
@@ -24,6 +25,7 @@ from cvxnn.layerwise.results import StageResult, accuracy
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead, unshuffle
 from cvxnn.layerwise.ties import gates_off_ties
 from cvxnn.layerwise.training import epoch_seed
+from cvxnn.memory import available_bytes
 from cvxnn.operators import CNNOperator
 from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
@@ -31,10 +33,6 @@ from cvxnn.problem import Problem
 from cvxnn.problems import cnn_problem
 
 __all__ = ["LayerwiseRun", "Samples"]
-
-
-#: Storage of the pooled patches of a convex stage, by the option of the classifier.
-_STORAGE = {"auto": "auto", "cached": "cached", "convolved": "recomputed"}
 
 
 @dataclass
@@ -206,10 +204,23 @@ class LayerwiseRun:
             gate_sampling=stage.gate_sampling,
             gate_quantile=stage.gate_quantile,
             random_state=epoch_seed(self.seed, stage.number),
-            features=_STORAGE[self.sgd.features] if stage.method == "convex" else "auto",
+            features=self._storage(stage),
             dtype=self.train.images.dtype,
             device=self.train.images.device,
         )
+
+    def _storage(self, stage: StageOptions) -> str:
+        """Whether the operator keeps the pooled patches of a stage, as in :data:`cvxnn.operators.FEATURES`."""
+        if stage.method != "convex":
+            return "auto"
+        if self.sgd.features != "auto":
+            return {"cached": "cached", "convolved": "recomputed"}[self.sgd.features]
+        n, channels, height, width = self.train.source.shape
+        numbers = len(self._pooling(stage, (height, width))) * stage.n_gates * stage.geometry.length(channels)
+        size = self.train.images.dtype.itemsize
+        # Beside the patches, the solver has the Gram matrix and its factor.
+        needed = (n * numbers + 2 * min(n, numbers) ** 2) * size
+        return "cached" if needed <= POOLED_SHARE * available_bytes(self.train.images.device) else "auto"
 
     def _operator(self, problem: Problem) -> CNNOperator:
         """That of the samples of this process."""
