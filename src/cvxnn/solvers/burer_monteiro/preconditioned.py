@@ -70,7 +70,7 @@ class BmPrecGd(BurerMonteiro):
         self.value = self.slopes.value + self.penalty(self.columns)
 
     def _divide(self, slope: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """slope (other^T other + (eta + 2 t beta) I)^-1 gate by gate; columns are rows here, m in a row for each gate."""
+        """slope (other^T other + (eta + 2 t beta) I)^-1 gate by gate; columns are rows here, m a gate."""
         n_gates = self.op.n_gates
         blocks = other.view(n_gates, -1, other.shape[1])
         m = blocks.shape[1]
