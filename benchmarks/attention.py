@@ -96,7 +96,7 @@ def warm_up() -> None:
 
 
 def fresh_problem(X: np.ndarray, Y: np.ndarray, fraction: float, **options: Any) -> Callable[[], cvxnn.Problem]:
-    """Makes a problem at a fraction of beta_max; operators remember what was computed of them, so every run has its own."""
+    """Makes a problem at a fraction of beta_max, anew for every run: operators remember what was computed of them."""
     beta = fraction * cvxnn.attention_problem(X, Y, beta=1.0, **options).beta_max
     return lambda: cvxnn.attention_problem(X, Y, beta=beta, **options)
 
