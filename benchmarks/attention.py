@@ -95,6 +95,12 @@ def warm_up() -> None:
         pass
 
 
+def fresh_problem(X: np.ndarray, Y: np.ndarray, fraction: float, **options: Any) -> Callable[[], cvxnn.Problem]:
+    """Makes a problem at a fraction of beta_max, anew for every run: operators remember what was computed of them."""
+    beta = fraction * cvxnn.attention_problem(X, Y, beta=1.0, **options).beta_max
+    return lambda: cvxnn.attention_problem(X, Y, beta=beta, **options)
+
+
 def peer_times(seconds: float) -> tuple[float, float]:
     """When a peer is looked at: after the time of ours, and after ten times that (a minute more at most)."""
     return seconds, min(10 * seconds, seconds + 60.0)
@@ -193,13 +199,9 @@ def denoise_rows(repeats: int, limit: float, picture: Path | None) -> tuple[tupl
     shown = {"clean": clean_test, "noisy": noisy_test}
     for activation, fractions in (("linear", (1e-2, 1e-3)), ("gated_relu", (1e-2, 1e-3))):
         for fraction in fractions:
-
-            def make(activation: str = activation, fraction: float = fraction) -> cvxnn.Problem:
-                problem = cvxnn.attention_problem(
-                    X, clean, activation=activation, output="tokens", n_gates=4, output_bias=True, beta=1.0
-                )
-                return problem.with_beta(fraction * problem.beta_max)
-
+            make = fresh_problem(
+                X, clean, fraction, activation=activation, output="tokens", n_gates=4, output_bias=True
+            )
             results = [cvxnn.solve(make(), tol=1e-3, time_limit=limit) for _ in range(repeats)]
             result, problem = results[0], make()
             outputs = predictions(problem, result, X_test).numpy()
@@ -251,11 +253,7 @@ def patches_rows(repeats: int, limit: float) -> tuple[tuple[str, ...], list[tupl
         X, X_test = patch_tokens(images, side), patch_tokens(images_test, side)
         d = X.shape[2]
         for fraction in (1e-2, 1e-3):
-
-            def make(X: np.ndarray = X, fraction: float = fraction) -> cvxnn.Problem:
-                problem = cvxnn.attention_problem(X, y, n_gates=10, output_bias=True, beta=1.0)
-                return problem.with_beta(fraction * problem.beta_max)
-
+            make = fresh_problem(X, y, fraction, n_gates=10, output_bias=True)
             results = [cvxnn.solve(make(), tol=1e-3, time_limit=limit) for _ in range(repeats)]
             result, problem = results[0], make()
             base = statistics.median(entry.seconds for entry in results)

@@ -21,7 +21,9 @@ SLOW = {
     ("bm_gd", "gated_relu", "tokens"): 0.2,
     ("bm_noisy_gd", "linear", "mean"): 0.2,
     ("bm_noisy_gd", "gated_relu", "tokens"): 0.2,
-    ("bm_precgd", "linear", "mean"): 0.5,
+    ("bm_precgd", "linear", "mean"): 0.2,
+    ("bm_precgd", "gated_relu", "mean"): 0.5,
+    ("bm_precgd", "gated_relu", "tokens"): 0.2,
 }
 
 
@@ -42,7 +44,9 @@ def test_solvers_agree_with_interior_point(activation, output, loss):
 def test_descent_on_the_factors_is_certified(name, activation, output):
     problem, _ = small(activation, output, fraction=SLOW[name, activation, output])
     best = cvxnn.solve(problem, "interior_point", tol=1e-8).objective
-    result = cvxnn.solve(problem, name, tol=TOL)
+    # The preconditioned method needs some hundred steps, the others a few thousand.
+    limit = 600 if name == "bm_precgd" else None
+    result = cvxnn.solve(problem, name, tol=TOL, max_iter=limit, random_state=0)
     assert result.status == "certified"
     assert best * (1 - 1e-8) <= result.objective <= best * (1 + TOL)
 

@@ -49,7 +49,10 @@ class PreconditionedOptions:
 class BmPrecGd(BurerMonteiro):
     """U_k <- U_k - t grad (V_k^T V_k + eta I)^-1 and alike for V (Zhang, Fattahi, Zhang 2023), with line search.
 
-    The preconditioner makes the steps independent of the sizes of the columns, not of the data.
+    The preconditioner makes the steps independent of the sizes of the columns, not of the data. To their eta, which
+    is for losses without a penalty, 2 t beta is added: where columns vanish, as in all gates that the optimum does
+    not use, the objective has the Hessian [[beta I, G], [G^T, beta I]] with ||G|| <= beta, at most 2 beta. Divided by
+    eta alone, which is small beside beta, it would make t that small for all columns.
     """
 
     name = "bm_precgd"
@@ -67,11 +70,12 @@ class BmPrecGd(BurerMonteiro):
         self.value = self.slopes.value + self.penalty(self.columns)
 
     def _divide(self, slope: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """slope (other^T other + eta I)^-1 gate by gate; columns are rows here, m in a row for each gate."""
+        """slope (other^T other + (eta + 2 t beta) I)^-1 gate by gate; columns are rows here, m a gate."""
         n_gates = self.op.n_gates
         blocks = other.view(n_gates, -1, other.shape[1])
         m = blocks.shape[1]
         eta = self.options.damping * float(other.square().sum()) / len(other)
+        eta += 2 * self.length * self.problem.beta
         gram = blocks @ blocks.mT + max(eta, 1e-300) * torch.eye(m, dtype=other.dtype, device=other.device)
         return torch.linalg.solve(gram, slope.view(n_gates, m, -1)).reshape(slope.shape)
 
@@ -81,11 +85,12 @@ class BmPrecGd(BurerMonteiro):
             self.finished = True
             return
         left, right = slopes.left + beta * columns.u, slopes.right + beta * columns.v
-        du, dv = self._divide(left, columns.v), self._divide(right, columns.u)
         # The intercept moves by the gradient over the largest curvature that it can have.
         db = slopes.intercept / (self.problem.loss.smoothness * float(self.loss.weights.sum()))
-        promised = float((left * du).sum() + (right * dv).sum() + (slopes.intercept * db).sum())
+        fall = float((slopes.intercept * db).sum())
         while True:
+            du, dv = self._divide(left, columns.v), self._divide(right, columns.u)
+            promised = float((left * du).sum() + (right * dv).sum()) + fall
             moved = Columns(columns.gate, columns.u - self.length * du, columns.v - self.length * dv)
             b = self.intercept - self.length * db
             slopes = self.loss.slopes(moved, b)
