@@ -12,7 +12,7 @@ __all__ = ["check_solver_memory", "needed_bytes"]
 #: Arrays of n c numbers in float64 that a certificate has at a time.
 _OF_SAMPLES = 8
 #: Arrays of the size of the blocks that solvers have at a time, and of that of the factors.
-_OF_BLOCKS = {"admm": 7, "fista": 7, "frank_wolfe": 4}
+_OF_BLOCKS = {"admm": 7, "vector_admm": 9, "fista": 7, "frank_wolfe": 4}
 _OF_FACTORS = {"bm_gd": 8, "bm_sgd": 8, "bm_noisy_gd": 8, "bm_precgd": 12, "bm_lbfgs": 2 * 20 + 8}
 
 
@@ -38,7 +38,10 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
         return common + _OF_FACTORS[solver] * n_gates * m * (p + q) * width
     if solver not in _OF_BLOCKS:
         return None
-    factorisation = factor_bytes(problem, None if side == "auto" else side) if solver == "admm" else 0
+    factorisation = 0
+    if solver in ("admm", "vector_admm"):
+        side = "samples" if solver == "vector_admm" else side
+        factorisation = factor_bytes(problem, None if side == "auto" else side)
     # A certificate has the blocks of the point in float64.
     return common + factorisation + n_gates * p * q * (_OF_BLOCKS[solver] * size + 16)
 

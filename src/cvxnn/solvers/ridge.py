@@ -12,7 +12,7 @@ import torch
 from cvxnn.operators import Operator
 from cvxnn.operators.symmetric import add_product
 
-__all__ = ["FeatureRidge", "KernelRidge", "Ridge", "RidgeSolution", "cheaper_side", "make_ridge"]
+__all__ = ["FeatureRidge", "KernelRidge", "Ridge", "RidgeSolution", "cheaper_side", "kernel_fit_norm", "make_ridge"]
 
 
 @dataclass
@@ -85,12 +85,7 @@ class KernelRidge(Ridge):
         return len(self._kernel)
 
     def fit_norm(self, C: torch.Tensor) -> float:
-        target = C - C.mean(0) if self.intercept else C
-        scale = float(self._kernel.diagonal().mean())
-        if not scale > 0:
-            return 0.0
-        fit = _conjugate_gradients(self._kernel, scale, target)
-        return math.sqrt(max(0.0, float((fit * (self._kernel @ (fit / scale))).sum()))) / math.sqrt(scale)
+        return kernel_fit_norm(self._kernel, C - C.mean(0) if self.intercept else C)
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._root = weights.sqrt().unsqueeze(1)
@@ -187,6 +182,15 @@ class FeatureRidge(Ridge):
         if self.intercept:
             gap = gap - (self._weights * gap).sum(0) / self._total
         return self._weights * gap
+
+
+def kernel_fit_norm(kernel: torch.Tensor, target: torch.Tensor) -> float:
+    """About the Frobenius norm of the blocks of a lightly regularised least-squares fit to a target (n, c)."""
+    scale = float(kernel.diagonal().mean())
+    if not scale > 0:
+        return 0.0
+    fit = _conjugate_gradients(kernel, scale, target)
+    return math.sqrt(max(0.0, float((fit * (kernel @ (fit / scale))).sum()))) / math.sqrt(scale)
 
 
 def _cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:
