@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import blas, lapack
 
-from cvxnn.operators.base import row_batches
 from cvxnn.solvers.ridge import kernel_fit_norm
 
 __all__ = ["GatedRows", "KernelSystem", "centred", "norms"]
@@ -60,13 +59,12 @@ class GatedRows:
         """Predictions (n, s) of one vector (s, d) in the block of each of s gates."""
         return self.D[:, gates] * (self.X @ directions.T)
 
-    def kernel(self) -> Array:
-        """The n x n matrix of A A*."""
-        n = len(self.X)
-        K = np.empty((n, n), dtype=self.X.dtype)
-        for rows in row_batches(n, n * self.X.itemsize):
-            np.matmul(self.X[rows], self.X.T, out=K[rows])
-            K[rows] *= self.D[rows] @ self.D.T
+    def kernel(self, buffer: Array) -> Array:
+        """The n x n matrix of A A*, its lower triangle only, by columns; the buffer is one like it."""
+        K = np.zeros_like(buffer)
+        (syrk,) = blas.get_blas_funcs(("syrk",), (self.X,))
+        K = syrk(1.0, self.X.T, trans=1, lower=1, c=K, overwrite_c=1)
+        K *= syrk(1.0, self.D.T, trans=1, lower=1, c=buffer, overwrite_c=1)
         return K
 
 
@@ -119,8 +117,8 @@ class KernelSystem:
 
     def _set_kernel(self, dtype: type) -> None:
         self.dtype, self.low = dtype, self._rows.astype(dtype)
-        self._kernel = self.low.kernel()
-        self._buffer = np.empty_like(self._kernel.T)
+        self._buffer: Array = np.zeros((len(self.r), len(self.r)), dtype=dtype, order="F")
+        self._kernel = self.low.kernel(self._buffer)
         self._symv, self._trsv, self._trsm = blas.get_blas_funcs(("symv", "trsv", "trsm"), (self._kernel,))
         (self._potrf,) = lapack.get_lapack_funcs(("potrf",), (self._kernel,))
         v: Array = np.ones(len(self._kernel), dtype=dtype)
@@ -131,12 +129,18 @@ class KernelSystem:
 
     def product(self, v: Array) -> Array:
         """K v in the precision of the kernel, for v of that type."""
-        image: Array = self._symv(1.0, self._kernel.T, v, lower=1)
+        image: Array = self._symv(1.0, self._kernel, v, lower=1)
         return image
 
     def fit_norm(self, target: Array) -> float:
         """About the norm of the blocks of a lightly regularised least-squares fit to a target."""
-        return kernel_fit_norm(torch.from_numpy(self._kernel), torch.from_numpy(target.astype(self.dtype))[:, None])
+        scale = float(np.einsum("ii->i", self._kernel).mean())
+        right = torch.from_numpy(target.astype(self.dtype))
+
+        def product(v: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(self.product(v.numpy()))
+
+        return kernel_fit_norm(product, scale, right)
 
     def factor(self, rho: float) -> None:
         """Factor K / rho + I; in float64 where it is too ill-conditioned for float32."""
@@ -155,7 +159,7 @@ class KernelSystem:
             self._total = float(self.ones @ self._weights)
 
     def _factored(self, raised: float) -> bool:
-        np.multiply(self._kernel.T, self.dtype(1 / self.rho), out=self._buffer)
+        np.multiply(self._kernel, self.dtype(1 / self.rho), out=self._buffer)
         np.einsum("ii->i", self._buffer)[:] += self.dtype(1 + raised)
         self._factor, info = self._potrf(self._buffer, lower=1, overwrite_a=1, clean=0)
         return bool(info == 0)

@@ -85,7 +85,8 @@ class KernelRidge(Ridge):
         return len(self._kernel)
 
     def fit_norm(self, C: torch.Tensor) -> float:
-        return kernel_fit_norm(self._kernel, C - C.mean(0) if self.intercept else C)
+        scale = float(self._kernel.diagonal().mean())
+        return kernel_fit_norm(lambda v: self._kernel @ v, scale, C - C.mean(0) if self.intercept else C)
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._root = weights.sqrt().unsqueeze(1)
@@ -152,7 +153,7 @@ class FeatureRidge(Ridge):
         scale, size = float(self._gram.diagonal().sum()) / len(C), float(right.abs().max())
         if not (scale > 0 and size > 0):
             return 0.0
-        fit = _conjugate_gradients(self._gram, scale, right / size)
+        fit = _conjugate_gradients(lambda v: self._gram @ v, scale, right / size)
         return float(torch.linalg.vector_norm(fit)) * (size / scale)
 
     def factor(self, rho: float) -> None:
@@ -184,13 +185,21 @@ class FeatureRidge(Ridge):
         return self._weights * gap
 
 
-def kernel_fit_norm(kernel: torch.Tensor, target: torch.Tensor) -> float:
-    """About the Frobenius norm of the blocks of a lightly regularised least-squares fit to a target (n, c)."""
-    scale = float(kernel.diagonal().mean())
+def kernel_fit_norm(product: Callable[[torch.Tensor], torch.Tensor], scale: float, target: torch.Tensor) -> float:
+    """About the Frobenius norm of the blocks of a lightly regularised least-squares fit to a target.
+
+    Parameters
+    ----------
+    product : callable
+        Products with the kernel.
+    scale : float
+        Mean of its diagonal.
+    target : torch.Tensor of shape (n, ...)
+    """
     if not scale > 0:
         return 0.0
-    fit = _conjugate_gradients(kernel, scale, target)
-    return math.sqrt(max(0.0, float((fit * (kernel @ (fit / scale))).sum()))) / math.sqrt(scale)
+    fit = _conjugate_gradients(product, scale, target)
+    return math.sqrt(max(0.0, float((fit * product(fit / scale)).sum()))) / math.sqrt(scale)
 
 
 def _cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:
@@ -219,12 +228,14 @@ def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _conjugate_gradients(matrix: torch.Tensor, scale: float, right: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """A few steps towards (matrix / scale + 1e-3 I)^-1 right, for an estimate of its size."""
+def _conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], scale: float, right: torch.Tensor, steps: int = 5
+) -> torch.Tensor:
+    """A few steps towards (K / scale + 1e-3 I)^-1 right, for an estimate of its size."""
     x, residual = torch.zeros_like(right), right
     direction, size = right, float(right.square().sum())
     for _ in range(steps):
-        image = matrix @ (direction / scale) + 1e-3 * direction
+        image = product(direction / scale) + 1e-3 * direction
         curvature = float((direction * image).sum())
         if not (size > 0 and curvature > 0):
             break

@@ -25,15 +25,16 @@ __all__ = ["VectorAdmm"]
 
 Array = NDArray[Any]
 
-#: Steps before the first better pair of points is looked for, and between two of them.
-_FIRST_LOOK = 8
-_LOOKS_APART = (3, 8)
 #: Above this gap the iteration goes on from the better point.
 _FAR = 1e-3
+#: Steps before the first better pair of points is looked for, and between two of them: far away, and then.
+_FIRST_LOOK = 8
+_FAR_APART = 4
+_LOOKS_APART = (3, 8)
 #: Steps after which the point is certified all the same: for the trace, callbacks and stalled runs.
 _CERTIFY_EVERY = 50
 #: The threshold beta / rho is so many times the mean norm of the blocks in use; by this factor it may be off.
-_SHARE = 2.0
+_SHARE = 1.25
 _TOLERATED = 4.0
 
 
@@ -229,6 +230,8 @@ class VectorAdmm(Solver):
     def _until_next_look(self, before: float) -> int:
         """Steps until the gap reaches the tolerance if it goes on to fall as it did since the last look."""
         least, most = _LOOKS_APART
+        if self.gap > _FAR:
+            return _FAR_APART
         most = max(most, self.iteration // 4)
         if not 0 < self.gap < before:
             return most
