@@ -9,6 +9,7 @@ from cvxnn.errors import UnsupportedError
 from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
 from cvxnn.solvers.radial import best_sizes, corrected_dual
+from cvxnn.solvers.vector_admm import VectorAdmm
 from tests.helpers import explicit_matrix, make_problem
 
 TOL = 1e-7
@@ -164,6 +165,26 @@ def test_resumes_to_the_same_result(tmp_path, n):
     # A limit makes a certificate, and so a look, where there was none.
     assert resumed.n_iter == through.n_iter
     assert resumed.objective == pytest.approx(through.objective, rel=1e-9)
+
+
+def test_a_state_is_not_changed_by_the_next_steps():
+    X, Y = data(40, 4)
+    problem = problem_of(X, Y, 1e-2, output_bias=True)
+    solver = VectorAdmm(problem, VectorAdmm.Options(), TOL, None)
+    solver.start(None)
+    for _ in range(9):
+        solver.step()
+    state = solver.state()
+    kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    for _ in range(9):
+        solver.step()
+    for name, value in kept.items():
+        assert torch.equal(state[name], value) if isinstance(value, torch.Tensor) else state[name] == value
+    once = solver.iterate()
+    solver.load_state(state)
+    for _ in range(9):
+        solver.step()
+    torch.testing.assert_close(solver.iterate().Z, once.Z, rtol=1e-12, atol=1e-12)
 
 
 def test_entries_of_the_trace_come_in_long_runs():

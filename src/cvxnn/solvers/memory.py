@@ -42,6 +42,9 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
     if solver in ("admm", "vector_admm"):
         side = "samples" if solver == "vector_admm" else side
         factorisation = factor_bytes(problem, None if side == "auto" else side)
+    if solver == "vector_admm":
+        # Its own arrays of the data and the patterns, in two precisions.
+        factorisation += 12 * op.n_samples * (p + n_gates)
     # A certificate has the blocks of the point in float64.
     return common + factorisation + n_gates * p * q * (_OF_BLOCKS[solver] * size + 16)
 

@@ -274,7 +274,8 @@ class VectorAdmm(Solver):
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         # Files hold no infinities.
         infinite = [name for name, value in numbers.items() if value == math.inf]
-        state = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in arrays.items()}
+        # Copies, as steps change some of them in place.
+        state = {name: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for name, v in arrays.items()}
         return state | {name: None if name in infinite else value for name, value in numbers.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
