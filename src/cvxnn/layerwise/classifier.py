@@ -99,7 +99,8 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         Whether the images of later stages are kept in memory; "auto" keeps up to 2 GiB.
     features : {"auto", "cached", "convolved"}
         Whether SGD and convex solvers work on pooled gated patches that are formed once, where there is no
-        augmentation. "auto" does so where they take at most half of the free memory, with the matrices of convex solvers.
+        augmentation. "auto" does so where they take at most half of the free memory, together with the matrices
+        of convex solvers.
     certify : bool
         Certificates after stages trained by SGD, in passes over all samples.
     checkpoint : path or None

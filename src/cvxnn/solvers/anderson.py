@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["Anderson"]
@@ -11,6 +12,8 @@ __all__ = ["Anderson"]
 
 class Anderson:
     """Type-II Anderson acceleration of v -> F(v) (Walker, Ni 2011), restarted where it does not help.
+
+    Vectors are tensors, or NumPy arrays for loops in which a call of torch costs more than its arithmetic.
 
     Parameters
     ----------
@@ -31,9 +34,9 @@ class Anderson:
     def reset(self) -> None:
         """Forget everything: after the map has changed."""
         self._count = self._used = 0
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._steps: torch.Tensor | None = None
-        self._fallback: tuple[torch.Tensor, float] | None = None
+        self._last: tuple[Any, Any] | None = None
+        self._steps: Any = None
+        self._fallback: tuple[Any, float] | None = None
         self._rejected = False
 
     @property
@@ -59,10 +62,10 @@ class Anderson:
         self._steps = state.get("steps")
         self._fallback = (state["plain"], state["before"]) if "plain" in state else None
 
-    def next(self, v: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def next(self, v: Any, image: Any) -> Any:
         """The point to go on from, given a flat point v and its image F(v)."""
         residual = image - v
-        size = float(torch.linalg.vector_norm(residual))
+        size = _norm(residual)
         self._rejected = False
         if self._fallback is not None:
             plain, before = self._fallback
@@ -81,19 +84,34 @@ class Anderson:
         self._fallback = (image, size)
         return extrapolated
 
-    def _store(self, image_step: torch.Tensor, residual_step: torch.Tensor) -> None:
+    def _store(self, image_step: Any, residual_step: Any) -> None:
         if self._steps is None:
-            self._steps = image_step.new_zeros(2, self.memory, len(image_step))
+            shape = 2, self.memory, len(image_step)
+            self._steps = np.zeros(shape) if isinstance(image_step, np.ndarray) else image_step.new_zeros(shape)
         slot = self._used % self.memory
         self._steps[0, slot], self._steps[1, slot] = image_step, residual_step
         self._used += 1
 
-    def _extrapolate(self, image: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        assert self._steps is not None
+    def _extrapolate(self, image: Any, residual: Any) -> Any:
         m = min(self._used, self.memory)
         images, residuals = self._steps[0, :m], self._steps[1, :m]
-        gram = residuals @ residuals.T
-        regularization = max(self.regularization, 10 * torch.finfo(gram.dtype).eps)
-        gram.diagonal().add_(regularization * gram.trace() + torch.finfo(gram.dtype).tiny)
-        weights, info = torch.linalg.solve_ex(gram, residuals @ residual)
-        return image - weights @ images if int(info) == 0 else image
+        weights = _solve(residuals @ residuals.T, residuals @ residual, self.regularization)
+        return image if weights is None else image - weights @ images
+
+
+def _norm(vector: Any) -> float:
+    return float(np.linalg.norm(vector) if isinstance(vector, np.ndarray) else torch.linalg.vector_norm(vector))
+
+
+def _solve(gram: Any, right: Any, regularization: float) -> Any:
+    """gram^-1 right, regularised; None where that fails."""
+    if isinstance(gram, np.ndarray):
+        size = max(regularization, 10 * np.finfo(gram.dtype).eps) * np.trace(gram) + np.finfo(gram.dtype).tiny
+        try:
+            return np.linalg.solve(gram + size * np.eye(len(gram)), right)
+        except np.linalg.LinAlgError:
+            return None
+    finfo = torch.finfo(gram.dtype)
+    gram.diagonal().add_(max(regularization, 10 * finfo.eps) * gram.trace() + finfo.tiny)
+    weights, info = torch.linalg.solve_ex(gram, right)
+    return weights if int(info) == 0 else None

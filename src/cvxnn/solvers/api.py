@@ -23,16 +23,22 @@ from cvxnn.solvers.frank_wolfe import FrankWolfe
 from cvxnn.solvers.interior_point import InteriorPoint
 from cvxnn.solvers.memory import check_solver_memory
 from cvxnn.solvers.result import Result
+from cvxnn.solvers.sides import cheaper_side
 from cvxnn.solvers.ssnal import Ssnal
+from cvxnn.solvers.vector_admm import VectorAdmm
 from cvxnn.solvers.working_set import WorkingSet
 from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 
+#: Steps of "vector_admm" in a run of usual length.
+_VECTOR_STEPS = 30
+
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
     for solver in (
         Admm,
+        VectorAdmm,
         WorkingSet,
         Fista,
         FrankWolfe,
@@ -52,11 +58,13 @@ SOLVERS: dict[str, type[Solver]] = {
 def choose_solver(problem: Problem) -> str:
     """What ``solver="auto"`` takes.
 
-    "admm" wherever its factorisation fits in memory or can be done without (perceptrons with X in memory), "fista"
-    elsewhere, and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with
-    several.
+    "admm" wherever its factorisation fits in memory or can be done without (perceptrons with X in memory), or
+    "vector_admm" where that can serve and the kernel of the samples is the cheaper one to factor; "fista" elsewhere,
+    and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
     """
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
+    if _lacking(VectorAdmm, problem) is None and cheaper_side(problem.operator, True, _VECTOR_STEPS) == "samples":
+        return VectorAdmm.name
     for name in names:
         if _lacking(SOLVERS[name], problem) is None:
             return name
@@ -84,10 +92,10 @@ def solve(
     Parameters
     ----------
     problem : Problem
-    solver : {"auto", "admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", "bm_sgd", \
-            "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
-        "auto" takes ADMM where its factorisation fits in memory or can be done without, otherwise FISTA;
-        Frank-Wolfe for norms without a prox.
+    solver : {"auto", "admm", "vector_admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", \
+            "bm_sgd", "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
+        "auto" takes ADMM where its factorisation fits in memory or can be done without ("vector_admm" for one output
+        and the squared loss), otherwise FISTA; Frank-Wolfe for norms without a prox.
     rank : int, optional
         Number of columns per gate of a Burer-Monteiro factorisation: fixed, except in "bm_global", which starts
         with it. None leaves it to the solver; the convex solvers take None only.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from cvxnn.operators import Operator
 from cvxnn.operators.base import row_batches
 from cvxnn.operators.symmetric import add_product
-from cvxnn.solvers.ridge import Ridge, RidgeSolution, cholesky, conjugate_gradients, solve_factored
+from cvxnn.solvers.ridge import Ridge, RidgeSolution, cholesky, kernel_fit_norm, solve_factored
 
 __all__ = ["IterativeRidge", "n_landmarks"]
 
@@ -60,12 +58,9 @@ class IterativeRidge(Ridge):
             add_product(self._gram, self._low_rank[rows] * root[rows])
 
     def fit_norm(self, C: torch.Tensor) -> float:
-        target = C - C.mean(0) if self.intercept else C
         scale = float(self._low_rank.square().sum()) / len(C)
-        if not scale > 0:
-            return 0.0
-        fit = conjugate_gradients(lambda x: self._pushed(self._pulled(x / scale)), target)
-        return math.sqrt(float(self._pulled(fit).square().sum())) / scale
+        target = C - C.mean(0) if self.intercept else C
+        return kernel_fit_norm(lambda v: self._pushed(self._pulled(v)), scale, target)
 
     def factor(self, rho: float) -> None:
         self.rho = rho

@@ -13,7 +13,7 @@ __all__ = ["check_solver_memory", "needed_bytes"]
 #: Arrays of n c numbers in float64 that a certificate has at a time.
 _OF_SAMPLES = 8
 #: Arrays of the size of the blocks that solvers have at a time, and of that of the factors.
-_OF_BLOCKS = {"admm": 7, "fista": 7, "frank_wolfe": 4}
+_OF_BLOCKS = {"admm": 7, "vector_admm": 9, "fista": 7, "frank_wolfe": 4}
 _OF_FACTORS = {"bm_gd": 8, "bm_sgd": 8, "bm_noisy_gd": 8, "bm_precgd": 12, "bm_lbfgs": 2 * 20 + 8}
 
 
@@ -40,9 +40,14 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
     if solver not in _OF_BLOCKS:
         return None
     factorisation = 0
-    if solver == "admm":
+    if solver in ("admm", "vector_admm"):
+        if solver == "vector_admm":
+            side = "samples"
         chosen = choose_side(problem, AdmmOptions.memory) if side in (None, "auto") else side
         factorisation = factor_bytes(problem, chosen, AdmmOptions.memory)
+    if solver == "vector_admm":
+        # Its own arrays of the data and the patterns, in two precisions.
+        factorisation += 12 * op.n_samples * (p + n_gates)
     # A certificate has the blocks of the point in float64.
     return common + factorisation + n_gates * p * q * (_OF_BLOCKS[solver] * size + 16)
 

@@ -19,6 +19,7 @@ __all__ = [
     "RidgeSolution",
     "cholesky",
     "conjugate_gradients",
+    "kernel_fit_norm",
     "solve_factored",
 ]
 
@@ -100,12 +101,8 @@ class KernelRidge(Ridge):
         return len(self._kernel)
 
     def fit_norm(self, C: torch.Tensor) -> float:
-        target = C - C.mean(0) if self.intercept else C
         scale = float(self._kernel.diagonal().mean())
-        if not scale > 0:
-            return 0.0
-        fit = conjugate_gradients(lambda x: self._kernel @ (x / scale), target)
-        return math.sqrt(max(0.0, float((fit * (self._kernel @ (fit / scale))).sum()))) / math.sqrt(scale)
+        return kernel_fit_norm(lambda v: self._kernel @ v, scale, C - C.mean(0) if self.intercept else C)
 
     def set_weights(self, weights: torch.Tensor) -> None:
         self._root = weights.sqrt().unsqueeze(1)
@@ -202,6 +199,23 @@ class FeatureRidge(Ridge):
         if self.intercept:
             gap = gap - (self._weights * gap).sum(0) / self._total
         return self._weights * gap
+
+
+def kernel_fit_norm(product: Callable[[torch.Tensor], torch.Tensor], scale: float, target: torch.Tensor) -> float:
+    """About the Frobenius norm of the blocks of a lightly regularised least-squares fit to a target.
+
+    Parameters
+    ----------
+    product : callable
+        Products with the kernel.
+    scale : float
+        Mean of its diagonal.
+    target : torch.Tensor of shape (n, ...)
+    """
+    if not scale > 0:
+        return 0.0
+    fit = conjugate_gradients(lambda x: product(x / scale), target)
+    return math.sqrt(max(0.0, float((fit * product(fit / scale)).sum()))) / math.sqrt(scale)
 
 
 def cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,293 @@
+"""ADMM for one output and the squared loss, where blocks are vectors: plain arrays, two precisions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cvxnn.certificates import relative_gap
+from cvxnn.operators import MLPOperator
+from cvxnn.problem import Problem
+from cvxnn.solvers.anderson import Anderson
+from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
+from cvxnn.solvers.radial import best_sizes, corrected_dual
+from cvxnn.solvers.sides import factor_bytes, fits
+from cvxnn.validation import check_integer, check_positive
+
+__all__ = ["VectorAdmm"]
+
+Array = NDArray[Any]
+
+#: Above this gap the iteration goes on from the better point.
+_FAR = 1e-3
+#: Steps before the first better pair of points is looked for, and between two of them: far away, and then.
+_FIRST_LOOK = 8
+_FAR_APART = 4
+_LOOKS_APART = (3, 8)
+#: Steps after which the point is certified all the same: for the trace, callbacks and stalled runs.
+_CERTIFY_EVERY = 50
+#: The threshold beta / rho is so many times the mean norm of the blocks in use; by this factor it may be off.
+_SHARE = 1.25
+_TOLERATED = 4.0
+
+
+#: What the next steps depend on.
+_ARRAYS = ("W", "U", "G", "B", "image", "best_W", "best_r")
+_NUMBERS = ("rho", "primal", "lower", "gap", "iteration", "looked", "certified_at", "next_look", "next_adaptation")
+
+
+@dataclass(frozen=True)
+class VectorAdmmOptions:
+    """Options of ``vector_admm``.
+
+    Attributes
+    ----------
+    relaxation : float
+        Over-relaxation, in (0, 2).
+    rho : float or None
+        First penalty of Z = W; None estimates it.
+    adapt : bool
+        Fit the penalty to the norms of the blocks in use.
+    memory : int
+        Length of the Anderson acceleration; 0 for plain ADMM.
+    """
+
+    relaxation: float = 1.7
+    rho: float | None = None
+    adapt: bool = True
+    memory: int = 10
+
+    def __post_init__(self) -> None:
+        check_positive(self.rho, "rho", allow_none=True)
+        check_integer(self.memory, "memory", minimum=0)
+        check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
+
+
+class VectorAdmm(Solver):
+    """The iteration of ``admm`` on a group lasso, made to need few steps and little for each.
+
+    - The kernel of many samples is factored in float32. Each solution is the last one corrected, and what is added up
+      from changes is formed anew in float64 before it counts, so that the precision is that of float64.
+    - The primal objective is off by the square of the error of the iterates, the dual bound by the error itself. Every
+      few steps a dual point is found near r that meets ||A_k*(r)|| <= beta to second order, and a primal point with
+      the best sizes of the blocks (:mod:`cvxnn.solvers.radial`); both are small systems in the blocks in use. These
+      points are the result, and far from the optimum the iteration goes on from them.
+    - Arrays are NumPy's: with a few hundred samples a call of torch costs more than its arithmetic.
+
+    Samples are scaled by the roots of their weights, so that all weigh the same here; r is orthogonal to the column
+    of an intercept.
+    """
+
+    name = "vector_admm"
+    Options = VectorAdmmOptions
+    default_max_iter: ClassVar[int] = 50_000
+    check_every: ClassVar[int] = 1
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        op = problem.operator
+        if type(op) is not MLPOperator or problem.cones is not None or problem.device.type != "cpu":
+            return "it is for gated and linear perceptrons on data in memory, on the CPU; use 'admm'"
+        if problem.Y.shape[1] != 1 or problem.norm.left != "l2":
+            return "it needs one output and columns in the l2 norm; use 'admm'"
+        if problem.loss.name != "squared":
+            return f"it needs the squared loss, and this is {problem.loss.name!r}; use 'admm'"
+        if not fits(problem, "samples", VectorAdmmOptions.memory):
+            needed = factor_bytes(problem, "samples", VectorAdmmOptions.memory)
+            return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'admm'"
+        return None
+
+    def __init__(self, problem: Problem, *arguments: Any) -> None:
+        super().__init__(problem, *arguments)
+        op = problem.operator.double()
+        assert isinstance(op, MLPOperator)
+        root = problem.weights.sqrt().numpy()
+        used = root > 0
+        y = np.where(used, problem.Y64.numpy()[:, 0] * root, 0.0)
+        X = op.X.numpy() * root[:, None]
+        #: The arrays are scaled so that their largest entry is 1; beta and Z with them.
+        self.x_size, self.y_size = (float(np.abs(part).max()) or 1.0 for part in (X, y))
+        self.root, self.y = root, y / self.y_size
+        self.beta = problem.beta / self.x_size / self.y_size
+        self.rows = GatedRows(X / self.x_size, op.patterns.numpy().astype(np.float64))
+        self.ones = root / float(root.max()) if problem.output_bias else None
+
+    def start(self, point: Iterate | None) -> None:
+        self.system = KernelSystem(self.rows, self.ones)
+        shape = self.rows.shape
+        self.W, self.U, self.G, self.B, self.best_W = _zeros(5, *shape)
+        self.image, self.best_r = _zeros(2, len(self.y))
+        self.primal, self.lower, self.gap = math.inf, 0.0, math.inf
+        self.iteration = self.looked = self.certified_at = 0
+        self.next_look, self.next_adaptation = _FIRST_LOOK, 0
+        self.anderson = Anderson(self.options.memory, interval=2) if self.options.memory else None
+        rho = self.options.rho
+        self.rho = self._first_rho() if rho is None else rho / self.x_size**2
+        self.system.factor(self.rho)
+        if point is not None:
+            self._warm_start(point)
+
+    def _first_rho(self) -> float:
+        """From the norm of a lightly regularised least-squares fit, as if all blocks shared it."""
+        size = self.system.fit_norm(centred(self.y, self.ones)) / math.sqrt(len(self.W))
+        return self.beta / (_SHARE * size) if size > 0 else self.beta
+
+    def _warm_start(self, point: Iterate) -> None:
+        """W and its multiplier from a point and its dual; a dual point of another beta is scaled to fit this one."""
+        self.W = point.blocks()[:, :, 0].double().numpy() * (self.x_size / self.y_size)
+        residual = centred(self.y - self.rows.apply(self.W), self.ones)
+        if point.dual is not None:
+            given = -point.dual.double().numpy()[:, 0]
+            residual = centred(np.divide(given, self.root, where=self.root > 0, out=0 * given) / self.y_size, self.ones)
+        blocks = self.rows.adjoint(residual)
+        size = float(norms(blocks).max())
+        self.U = blocks * (min(1.0, self.beta / size if size > 0 else 1.0) / self.rho)
+
+    def step(self) -> None:
+        self.iteration += 1
+        dtype = self.system.dtype
+        B = self.W - self.U
+        self.image += self.system.low.apply((B - self.B).astype(dtype, copy=False))
+        self.B = B
+        self.G += self.system.low.adjoint(self.system.change(self.y - self.image))
+        last = self.W + self.U
+        moved = self.G / self.rho
+        moved += B
+        moved -= self.W
+        moved *= self.options.relaxation
+        moved += last
+        if self.anderson is not None:
+            moved = self.anderson.next(last.ravel(), moved.ravel()).reshape(moved.shape)
+        sizes = np.maximum(norms(moved), 1e-300)
+        self.W = moved * np.maximum(1 - (self.beta / self.rho) / sizes, 0.0)[:, None]
+        self.U = moved - self.W
+        if self.iteration >= self.next_look:
+            self._look()
+
+    def _look(self) -> None:
+        """A better primal and a better dual point from the sizes of the blocks; the best of them are kept."""
+        self.steps_between, self.looked = self.iteration - self.looked, self.iteration
+        if self.system.single:
+            # What has come together from changes in float32 is formed anew.
+            self.image = self.rows.apply(self.B)
+            self.G = self.rows.adjoint(self.system.r)
+            self.system.refresh(self.G)
+        before, sizes = self.gap, norms(self.W)
+        used = sizes > 0
+        W, sizes = self._better_point(sizes)
+        self._better_dual(used)
+        self.gap = relative_gap(self.primal, self.lower)
+        if self.gap > _FAR:
+            self.W = W
+            if self.anderson is not None:
+                self.anderson.reset()
+        self.next_look = self.iteration + self._until_next_look(before)
+        if self.options.adapt and self.gap > self.tol and self.iteration >= self.next_adaptation:
+            self.next_adaptation = int(1.5 * self.iteration) + 5
+            self._adapt(sizes[sizes > 0])
+
+    def _better_point(self, sizes: Array) -> tuple[Array, Array]:
+        """W with the best sizes of its blocks; the better one of the two counts for the gap."""
+        chosen = np.flatnonzero(sizes > 0)
+        directions = self.W[chosen] / sizes[chosen, None]
+        columns = self.rows.columns(chosen, directions)
+        found = np.zeros_like(sizes)
+        found[chosen] = best_sizes(columns, self.y, self.beta, self.ones)
+        best = np.inf, self.W, sizes
+        for t in (found, sizes):
+            residual = centred(self.y - columns @ t[chosen], self.ones)
+            primal = 0.5 * float(residual @ residual) + self.beta * float(t.sum())
+            if primal < best[0]:
+                W = np.zeros_like(self.W)
+                W[chosen] = t[chosen, None] * directions
+                best = primal, W, t
+        if best[0] < self.primal:
+            self.primal, self.best_W = best[:2]
+        return best[1:]
+
+    def _better_dual(self, used: Array) -> None:
+        r, G = corrected_dual(self.rows, self.system, self.system.r, self.G, self.beta, used)
+        for candidate, blocks in ((r, G), (self.system.r, self.G)):
+            lower = self._dual_value(candidate, float(norms(blocks).max()))
+            if lower > self.lower:
+                self.lower, self.best_r = lower, candidate.copy()
+
+    def _dual_value(self, r: Array, q: float) -> float:
+        """That of the best multiple of r, where q is the largest ||A_k*(r)||."""
+        square, inner = float(r @ r), float(r @ self.y)
+        if not (square > 0 and inner > 0):
+            return 0.0
+        s = min(inner / square, self.beta / q if q > 0 else math.inf)
+        return s * inner - s * s / 2 * square
+
+    def _until_next_look(self, before: float) -> int:
+        """Steps until the gap reaches the tolerance if it goes on to fall as it did since the last look."""
+        least, most = _LOOKS_APART
+        if self.gap > _FAR:
+            return _FAR_APART
+        most = max(most, self.iteration // 4)
+        if not 0 < self.gap < before:
+            return most
+        if before == math.inf:
+            return (least + most) // 2
+        rate = math.log(before / self.gap) / max(1, self.steps_between)
+        wanted = math.log(self.gap / (0.7 * self.tol)) / rate if self.tol > 0 else most
+        return max(least, min(most, math.ceil(wanted)))
+
+    def _adapt(self, sizes: Array) -> None:
+        """Another penalty, where the threshold is far from the sizes of the blocks in use."""
+        if len(sizes) == 0:
+            return
+        wanted = self.beta / (_SHARE * float(sizes.mean()))
+        if 1 / _TOLERATED < wanted / self.rho < _TOLERATED:
+            return
+        self.U *= self.rho / wanted
+        self.rho = wanted
+        self.system.factor(wanted)
+        if self.anderson is not None:
+            self.anderson.reset()
+
+    def estimated_gap(self) -> float | None:
+        due = self.gap > self.tol and self.iteration - self.certified_at >= _CERTIFY_EVERY
+        return None if due else self.gap
+
+    def iterate(self) -> Iterate:
+        if self.looked < self.iteration and self.gap > self.tol:
+            self._look()
+        self.certified_at = self.iteration
+        Z = torch.from_numpy(self.best_W * (self.y_size / self.x_size))[:, :, None]
+        dual = torch.from_numpy(-self.root * self.best_r * self.y_size)[:, None]
+        return Iterate(Z.to(self.problem.dtype), dual=dual)
+
+    def state(self) -> dict[str, Any]:
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"system.{name}": value for name, value in self.system.state().items()}
+        if self.anderson is not None:
+            arrays |= {f"anderson.{name}": value for name, value in self.anderson.state().items()}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        # Files hold no infinities.
+        infinite = [name for name, value in numbers.items() if value == math.inf]
+        # Copies, as steps change some of them in place.
+        state = {name: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for name, v in arrays.items()}
+        return state | {name: None if name in infinite else value for name, value in numbers.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        parts: dict[str, dict[str, Any]] = {"": {}, "system": {}, "anderson": {}}
+        for name, value in state.items():
+            part, _, short = name.rpartition(".")
+            parts[part][short] = value.numpy().copy() if isinstance(value, torch.Tensor) else value
+        for name, value in parts[""].items():
+            setattr(self, name, math.inf if value is None else value)
+        self.system.load_state(parts["system"])
+        if self.anderson is not None:
+            self.anderson.load_state(parts["anderson"])
+
+
+def _zeros(count: int, *shape: int) -> list[Array]:
+    return [np.zeros(shape) for _ in range(count)]
