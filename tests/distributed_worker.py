@@ -100,8 +100,11 @@ def seeds(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     rank = 0 if group is None else group.rank
     limited = cvxnn.solve(problem, "fista", tol=0, time_limit=0.5 + 3 * rank)
     called = cvxnn.solve(problem, "fista", tol=0, callbacks=[lambda entry: entry["iteration"] >= 20 + 500 * rank])
+    tokens = np.random.default_rng(0).standard_normal((12, 4, 2))
+    attention = cvxnn.attention_problem(tokens, np.arange(12) % 2, n_gates=3, beta=1e-2, random_state=None)
     return {
         "gates": problem.operator.gates.tolist(),
+        "attention": attention.operator.gates.tolist(),
         "first": first.objective,
         "n_iter": limited.n_iter,
         "status": limited.status,

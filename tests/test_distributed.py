@@ -36,7 +36,7 @@ def others(tmp_path_factory):
 
 def test_seeds_clocks_and_callbacks_are_those_of_the_first(others):
     first, second = (found["seeds"] for found in others)
-    for fact in ("gates", "first", "n_iter", "status", "called", "interrupted", "sent"):
+    for fact in ("gates", "attention", "first", "n_iter", "status", "called", "interrupted", "sent"):
         assert first[fact] == second[fact], fact
     assert (first["status"], first["interrupted"], first["called"]) == ("time_limit", "interrupted", 20)
     assert first["seconds"] > 0

@@ -87,7 +87,12 @@ def refused(group, folder):
     """What does not work on gates that are shared out, in words."""
     X, labels = worker.data(folder, "memory")
     problem = worker.problem_of(folder, "memory", "squared")
+    _, p, q = problem.operator.block_shape
+    pair = [np.ones((problem.n_gates, size, 1)) for size in (p, q)]
     tries = {
+        "blocks": lambda: cvxnn.certify(problem, Z=np.zeros((problem.n_gates + 3, p, q))),
+        "factors": lambda: cvxnn.certify(problem, factors=[np.ones((2 * problem.n_gates + 1, s, 1)) for s in (p, q)]),
+        "diagnose": lambda: cvxnn.diagnose(problem, factors=pair),
         "solver": lambda: cvxnn.solve(problem, "admm"),
         "relu": lambda: cvxnn.mlp_problem(X, labels, activation="relu"),
         "linear": lambda: cvxnn.mlp_problem(X, labels, activation="linear"),
@@ -107,6 +112,9 @@ def refused(group, folder):
 def test_what_does_not_work_is_said(tmp_path):
     first, second = worker.run(refused, tmp_path, shard="gates")
     assert first == second
+    assert "of 40, all gates, are wanted" in first["blocks"]
+    assert "of 40, all gates, are wanted" in first["factors"]
+    assert "UnsupportedError: diagnose needs all gates in one process" in first["diagnose"]
     assert "gates are shared out to several processes; one of 'fista', 'bm_gd'" in first["solver"]
     assert "UnsupportedError: activation is 'relu', whose cones need the gates" in first["relu"]
     assert "no gates to share out" in first["linear"]

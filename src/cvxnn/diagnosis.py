@@ -12,7 +12,7 @@ from cvxnn.cone_points import FaceFacts
 from cvxnn.cone_witness import DescentNeuron
 from cvxnn.curvature import Curvature
 from cvxnn.diagnosis_table import diagnosis_table
-from cvxnn.errors import InvalidInputError
+from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.judgement import Options, judge_cones, judge_factors
 from cvxnn.problem import Problem
 from cvxnn.stationarity import GateDiagnosis, overall_balance
@@ -192,6 +192,8 @@ def diagnose(
     """
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
+    if problem.operator.shares_gates:
+        raise UnsupportedError("diagnose needs all gates in one process; they are shared out here (shard='gates')")
     tol, curvature_tol = check_positive(tol, "tol"), check_positive(curvature_tol, "curvature_tol")
     second_order = check_flag(second_order, "second_order")
     check_integer(max_products, "max_products")

@@ -18,10 +18,10 @@ from cvxnn.layerwise.memory import PeakMemory
 from cvxnn.layerwise.options import read_sgd, read_stages
 from cvxnn.layerwise.precision import tensor_float32
 from cvxnn.layerwise.training import Sgd, first_factors
+from cvxnn.memory import available_bytes
 from cvxnn.operators import CNNOperator
 from cvxnn.problem import Problem
 from cvxnn.problems import cnn_problem
-from cvxnn.solvers.admm import available_bytes
 from cvxnn.validation import resolve_device
 
 __all__ = ["measure_costs"]

@@ -10,7 +10,7 @@ import torch
 from cvxnn.experiments.layerwise_settings import LayerwiseGrid
 from cvxnn.layerwise import layerwise_estimate
 from cvxnn.layerwise.features import POOLED_SHARE
-from cvxnn.solvers.admm import available_bytes
+from cvxnn.memory import available_bytes
 
 __all__ = ["dry_run"]
 

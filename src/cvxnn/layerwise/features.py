@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from cvxnn.distributed import Group
 from cvxnn.layerwise.augment import augment_batch
 from cvxnn.layerwise.stage import convolve, pool, unshuffle
+from cvxnn.memory import available_bytes
 from cvxnn.operators import CNNOperator
 from cvxnn.operators.base import row_batches
-from cvxnn.solvers.admm import available_bytes
 
 __all__ = ["POOLED_SHARE", "AugmentedImages", "BatchFeatures", "ConvolvedFeatures", "PooledFeatures", "pooled_fits"]
 
@@ -42,9 +44,13 @@ class BatchFeatures(Protocol):
     def evaluation_batches(self, n_columns: int) -> list[slice]: ...
 
 
-def pooled_fits(op: CNNOperator) -> bool:
-    """Whether all pooled gated patches, in the type of the operator, take at most half of the free memory."""
-    return op.n_samples * op.n_features * op.dtype.itemsize <= POOLED_SHARE * available_bytes(op.device)
+def pooled_fits(needed: int, device: torch.device, group: Group | None) -> bool:
+    """Whether so many bytes are at most half of the free memory, in every process of a group."""
+    if group is None:
+        return needed <= POOLED_SHARE * available_bytes(device)
+    # The processes of one machine share its memory; GPUs have their own.
+    there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return not group.any(needed * there > POOLED_SHARE * available_bytes(device))
 
 
 class PooledFeatures:

@@ -13,7 +13,7 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.distributed import Group
 from cvxnn.layerwise.checkpoint import RunFolder
-from cvxnn.layerwise.features import POOLED_SHARE
+from cvxnn.layerwise.features import pooled_fits
 from cvxnn.layerwise.fitting_convex import train_convexly
 from cvxnn.layerwise.fitting_sgd import NothingTrained, SgdStage
 from cvxnn.layerwise.maps import StageMaps, channel_scales
@@ -25,7 +25,6 @@ from cvxnn.layerwise.results import StageResult, accuracy
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead, unshuffle
 from cvxnn.layerwise.ties import gates_off_ties
 from cvxnn.layerwise.training import epoch_seed
-from cvxnn.memory import available_bytes
 from cvxnn.operators import CNNOperator
 from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
@@ -217,10 +216,11 @@ class LayerwiseRun:
             return {"cached": "cached", "convolved": "recomputed"}[self.sgd.features]
         n, channels, height, width = self.train.source.shape
         numbers = len(self._pooling(stage, (height, width))) * stage.n_gates * stage.geometry.length(channels)
-        size = self.train.images.dtype.itemsize
-        # Beside the patches, the solver has the Gram matrix and its factor.
-        needed = (n * numbers + 2 * min(n, numbers) ** 2) * size
-        return "cached" if needed <= POOLED_SHARE * available_bytes(self.train.images.device) else "auto"
+        size, device = self.train.images.dtype.itemsize, self.train.images.device
+        # Certificates keep them in float64 too. Beside the patches, the solver has a Gram matrix and its factor.
+        order = numbers if self.group is not None else min(n, numbers)
+        needed = n * numbers * (8 if size == 8 else 8 + size) + 2 * order**2 * size
+        return "cached" if pooled_fits(needed, device, self.group) else "auto"
 
     def _operator(self, problem: Problem) -> CNNOperator:
         """That of the samples of this process."""

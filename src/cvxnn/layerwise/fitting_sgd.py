@@ -90,8 +90,8 @@ class SgdStage:
             return "convolved"
         if options.features == "cached":
             return "pooled"
-        fits, group = pooled_fits(self.op), self.run.group
-        return "pooled" if (fits if group is None else not group.any(not fits)) else "convolved"
+        needed = self.op.n_samples * self.op.n_features * self.op.dtype.itemsize
+        return "pooled" if pooled_fits(needed, self.op.device, self.run.group) else "convolved"
 
     def _features(self, op: CNNOperator) -> BatchFeatures:
         return PooledFeatures(op) if self.kind == "pooled" else ConvolvedFeatures(op, mixed=self.run.mixed)

@@ -44,7 +44,7 @@ class ShardedOperator(Operator):
         self.architecture, self.activation = local.architecture, local.activation
         self.n_outputs, self.block_shape, self.width = local.n_outputs, local.block_shape, local.width
         self.gates, self.dtype, self.device = local.gates, local.dtype, local.device
-        self.passes_are_dear = local.passes_are_dear
+        self.passes_are_dear = group.any(local.passes_are_dear)
 
     @property
     def local(self) -> Operator:

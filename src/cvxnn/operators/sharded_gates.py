@@ -11,7 +11,7 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.distributed import Group
-from cvxnn.errors import UnsupportedError
+from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.operators.base import Operator
 
 __all__ = ["GateShardedOperator"]
@@ -74,6 +74,8 @@ class GateShardedOperator(Operator):
     def own_gates(self, whole: torch.Tensor) -> torch.Tensor:
         if len(whole) == self.n_gates:
             return whole
+        if len(whole) % self._total:
+            raise InvalidInputError(f"there are blocks of {len(whole)} gates; of {self._total}, all gates, are wanted")
         each = len(whole) // self._total
         return whole[self._own.start * each : self._own.stop * each]
 

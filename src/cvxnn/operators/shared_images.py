@@ -24,25 +24,31 @@ class SharedImages(ImageSource):
     group : Group
     n_samples : int
         Number of images n of all processes.
+    dtype : torch.dtype, optional
+        Of the images as they are read; by default that of `local`.
     """
 
-    def __init__(self, local: torch.Tensor | ImageSource, group: Group, n_samples: int) -> None:
+    def __init__(
+        self, local: torch.Tensor | ImageSource, group: Group, n_samples: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.local, self.group = local, group
         self.own = group.share(n_samples)
         self.shape = torch.Size((n_samples, *local.shape[1:]))
-        self.dtype, self.device = local.dtype, local.device
+        self.dtype, self.device = dtype or local.dtype, local.device
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         index = torch.arange(len(self), device=self.device)[rows]
         place = ((index >= self.own.start) & (index < self.own.stop)).nonzero()[:, 0]
         images = self.new_zeros(len(index), *self.shape[1:])
         if len(place) > 0:
-            images[place] = self.local[index[place] - self.own.start]
+            images[place] = self.local[index[place] - self.own.start].to(self.dtype)
         self.group.add_up(images)
         return images
 
     def double(self) -> SharedImages:
-        return SharedImages(self.local.double(), self.group, len(self))
+        # A tensor is converted as it is read, without a copy of all of it.
+        local = self.local.double() if isinstance(self.local, ImageSource) else self.local
+        return SharedImages(local, self.group, len(self), torch.float64)
 
     @property
     def rounding(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvxnn.distributed import common_seed
 from cvxnn.errors import InvalidInputError
 from cvxnn.losses import Loss
 from cvxnn.operators import AttentionOperator
@@ -117,6 +118,7 @@ def attention_problem(
     'certified'
     """
     check_choice(output, "output", OUTPUTS)
+    random_state = common_seed(random_state)
     array, found = read_tokens(tokens, mask)
     rows = None
     if output == "tokens":

@@ -96,6 +96,8 @@ class Task:
 
 def _shared_out(operator: Operator, group: Group) -> Operator:
     """What a process keeps of an operator: some of the samples, or of the gates."""
+    if operator.gates is not None:
+        group.check_agreement(float(operator.gates.sum()), float(np.square(operator.gates).sum()))
     if group.shard == "samples":
         return ShardedOperator(operator.part(group.share(operator.n_samples)), group, operator.n_samples)
     if operator.gates is None:

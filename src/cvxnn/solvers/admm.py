@@ -10,7 +10,6 @@ import torch
 
 from cvxnn.certificates import relative_gap
 from cvxnn.errors import UnsupportedError
-from cvxnn.memory import available_bytes
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
@@ -18,7 +17,7 @@ from cvxnn.solvers.ridge import FeatureRidge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_integer, check_positive
 
-__all__ = ["Admm", "AdmmOptions", "available_bytes"]
+__all__ = ["Admm", "AdmmOptions"]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,14 @@ def choose_solver(problem: Problem) -> str:
     "vector_admm" where that can serve and the kernel of the samples is the cheaper one to factor; "fista" elsewhere,
     and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
     """
+    group, known = problem.operator.group, list(SOLVERS)
+    if group is None:
+        return _choose_here(problem)
+    # Processes may see different amounts of free memory.
+    return known[int(group.of_first(known.index(_choose_here(problem))))]
+
+
+def _choose_here(problem: Problem) -> str:
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
     if _lacking(VectorAdmm, problem) is None and cheaper_side(problem.operator, True, _VECTOR_STEPS) == "samples":
         return VectorAdmm.name

@@ -117,6 +117,9 @@ class KernelSystem:
 
     def _set_kernel(self, dtype: type) -> None:
         self.dtype, self.low = dtype, self._rows.astype(dtype)
+        # What there is in the other precision goes first.
+        for name in ("_kernel", "_buffer", "_factor"):
+            self.__dict__.pop(name, None)
         self._buffer: Array = np.zeros((len(self.r), len(self.r)), dtype=dtype, order="F")
         self._kernel = self.low.kernel(self._buffer)
         self._symv, self._trsv, self._trsm = blas.get_blas_funcs(("symv", "trsv", "trsm"), (self._kernel,))

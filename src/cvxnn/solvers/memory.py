@@ -7,6 +7,7 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.admm import AdmmOptions
 from cvxnn.solvers.burer_monteiro.base import MAX_DEFAULT_RANK
 from cvxnn.solvers.sides import choose_side, factor_bytes
+from cvxnn.solvers.vector_admm import vector_bytes
 
 __all__ = ["check_solver_memory", "needed_bytes"]
 
@@ -40,14 +41,11 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
     if solver not in _OF_BLOCKS:
         return None
     factorisation = 0
-    if solver in ("admm", "vector_admm"):
-        if solver == "vector_admm":
-            side = "samples"
+    if solver == "vector_admm":
+        factorisation = vector_bytes(problem)
+    if solver == "admm":
         chosen = choose_side(problem, AdmmOptions.memory) if side in (None, "auto") else side
         factorisation = factor_bytes(problem, chosen, AdmmOptions.memory)
-    if solver == "vector_admm":
-        # Its own arrays of the data and the patterns, in two precisions.
-        factorisation += 12 * op.n_samples * (p + n_gates)
     # A certificate has the blocks of the point in float64.
     return common + factorisation + n_gates * p * q * (_OF_BLOCKS[solver] * size + 16)
 

@@ -10,11 +10,11 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.iterative_ridge import IterativeRidge, n_landmarks
 from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
 
-__all__ = ["SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge"]
+__all__ = ["SHARE", "SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge"]
 
 SIDES = ("samples", "features", "iterative")
 #: Part of the free memory that the matrices may take.
-_SHARE = 0.8
+SHARE = 0.8
 
 
 def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
@@ -43,7 +43,7 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
 
 def fits(problem: Problem, side: str, memory: int) -> bool:
     """Whether a side fits in the memory that is free."""
-    return factor_bytes(problem, side, memory) <= _SHARE * available_bytes(problem.device)
+    return factor_bytes(problem, side, memory) <= SHARE * available_bytes(problem.device)
 
 
 def choose_side(problem: Problem, memory: int) -> str:

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from cvxnn.certificates import relative_gap
+from cvxnn.memory import available_bytes
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
 from cvxnn.solvers.radial import best_sizes, corrected_dual
-from cvxnn.solvers.sides import factor_bytes, fits
+from cvxnn.solvers.sides import SHARE
 from cvxnn.validation import check_integer, check_positive
 
 __all__ = ["VectorAdmm"]
@@ -69,6 +70,12 @@ class VectorAdmmOptions:
         check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
 
 
+def vector_bytes(problem: Problem) -> int:
+    """Memory of the kernel and its factor, in float64 at worst, and of the data and patterns in two precisions."""
+    n, (n_gates, d, _) = problem.operator.n_samples, problem.operator.block_shape
+    return 16 * n**2 + 16 * n * (d + n_gates) + 16 * VectorAdmmOptions.memory * n_gates * d
+
+
 class VectorAdmm(Solver):
     """The iteration of ``admm`` on a group lasso, made to need few steps and little for each.
 
@@ -98,8 +105,8 @@ class VectorAdmm(Solver):
             return "it needs one output and columns in the l2 norm; use 'admm'"
         if problem.loss.name != "squared":
             return f"it needs the squared loss, and this is {problem.loss.name!r}; use 'admm'"
-        if not fits(problem, "samples", VectorAdmmOptions.memory):
-            needed = factor_bytes(problem, "samples", VectorAdmmOptions.memory)
+        needed = vector_bytes(problem)
+        if needed > SHARE * available_bytes(problem.device):
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'admm'"
         return None
 
@@ -110,12 +117,13 @@ class VectorAdmm(Solver):
         root = problem.weights.sqrt().numpy()
         used = root > 0
         y = np.where(used, problem.Y64.numpy()[:, 0] * root, 0.0)
-        X = op.X.numpy() * root[:, None]
+        X = op.X.numpy() * root[:, None]  # a copy
         #: The arrays are scaled so that their largest entry is 1; beta and Z with them.
         self.x_size, self.y_size = (float(np.abs(part).max()) or 1.0 for part in (X, y))
         self.root, self.y = root, y / self.y_size
         self.beta = problem.beta / self.x_size / self.y_size
-        self.rows = GatedRows(X / self.x_size, op.patterns.numpy().astype(np.float64))
+        X /= self.x_size
+        self.rows = GatedRows(X, op.patterns.numpy().astype(np.float64))
         self.ones = root / float(root.max()) if problem.output_bias else None
 
     def start(self, point: Iterate | None) -> None:

@@ -142,6 +142,8 @@ class BurerMonteiro(Solver):
     def message(self, certificate: Certificate) -> str:
         if math.isinf(certificate.relative_gap):
             return "the lower bound is zero, so that no gap can be told"
+        if not certificate.gate_ratios:
+            return "stationary above the tolerance; there are too many gates to say at which"
         ratios = torch.tensor(certificate.gate_ratios)
         worst = int(ratios.argmax())
         # What violates a gate by far more than what is left of the slopes is not a matter of accuracy.
