@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from cvxnn import bounds, certificates, dual_norms
+from cvxnn import bounds, certificates, dual_norms, evaluation
 from cvxnn.cones import ConeDual, Cones, cones
 from cvxnn.cones import cone_dual_norms as exact_dual_norms
 from cvxnn.cones.caps import bounding_caps
@@ -52,7 +52,8 @@ def tampered(kind: str | None) -> Iterator[None]:
         elif kind == "caps":
             stack.enter_context(mock.patch.object(cones, "bounding_caps", _narrow_caps))
         elif kind == "feasibility":
-            stack.enter_context(mock.patch.object(certificates, "FEASIBILITY", 1e-3))
+            for module in (certificates, evaluation):
+                stack.enter_context(mock.patch.object(module, "FEASIBILITY", 1e-3))
         elif kind == "cone_model":
             stack.enter_context(mock.patch.object(MLPOperator, "network_outputs", MLPOperator.apply_columns))
         elif kind is not None:
