@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import MultiOutputMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cvxnn.errors import InvalidInputError
-from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, plain_array
+from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, ConvexRegressor, plain_array
 from cvxnn.networks import AttentionNetwork
 from cvxnn.operators.queries import OUTPUTS
 from cvxnn.operators.tokens import TokenMask, read_tokens
@@ -138,22 +137,7 @@ class ConvexAttention(ConvexEstimator):
         if tokens.size <= _MERGED:
             tokens, mask, Y, weights = _merged(tokens, mask, Y, weights)
         problem = attention_problem(
-            tokens,
-            Y,
-            activation=self.activation,
-            output=self.output,
-            mask=mask,
-            gates=self.gates,
-            n_gates=self.n_gates,
-            beta=self.beta,
-            loss=self.loss,
-            output_bias=self.output_bias,
-            norms=self.norms,
-            sample_weight=weights,
-            gate_sampling=self.gate_sampling,
-            random_state=self.random_state,
-            dtype=self.dtype,
-            device=self.device,
+            tokens, Y, output=self.output, mask=mask, sample_weight=weights, **self._problem_arguments()
         )
         self._set_result(solve(problem, **self._solver_arguments()))
 
@@ -352,14 +336,12 @@ class ConvexAttentionClassifier(ConvexClassifier, ConvexAttention):
         return float(accuracy_score(y, self._labels(outputs), sample_weight=_token_weights(sample_weight, valid)))
 
 
-class ConvexAttentionRegressor(RegressorMixin, MultiOutputMixin, ConvexAttention):
+class ConvexAttentionRegressor(ConvexRegressor, ConvexAttention):
     """Self-attention as a regressor of sequences or of their tokens, trained to a certified distance from the optimum.
 
     Parameters and attributes are those of :class:`ConvexAttentionClassifier`, without classes; `loss` is "squared" or
     "huber". With output "tokens" it denoises, or predicts any sequence from another of the same length.
     """
-
-    _losses = ("squared", "huber")
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, mask: Any = None) -> ConvexAttentionRegressor:
         """Train on tokens X (n, s, d), or rows, and targets y: (n,) or (n, c); with "tokens" (n, s) or (n, s, c).
@@ -373,8 +355,7 @@ class ConvexAttentionRegressor(RegressorMixin, MultiOutputMixin, ConvexAttention
         """
         tokens, found, y = self._validate(X, y, mask, multi_output=True, y_numeric=True)
         if self.output == "mean":
-            self._single_output = y.ndim == 1
-            Y = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+            Y = self._as_targets(y)
         else:
             targets = self._token_targets(y, tokens, True)
             self._single_output = targets.ndim == 2
@@ -386,7 +367,7 @@ class ConvexAttentionRegressor(RegressorMixin, MultiOutputMixin, ConvexAttention
     def predict(self, X: Any, mask: Any = None) -> np.ndarray:
         """Predictions in the shape of y in training, zeros at padding."""
         outputs, valid = self._rows(X, mask)
-        return _spread(outputs[:, 0] if self._single_output else outputs, valid, 0.0)
+        return _spread(self._shaped(outputs), valid, 0.0)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, mask: Any = None) -> float:
         """R^2 over the sequences, or over the valid tokens."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 
 from cvxnn.certificates import Certificate
@@ -15,7 +15,7 @@ from cvxnn.errors import CertificationWarning, InvalidInputError
 from cvxnn.solvers import Result
 from cvxnn.validation import check_sample_weight
 
-__all__ = ["ConvexClassifier", "ConvexEstimator", "plain_array", "project_to_simplex"]
+__all__ = ["ConvexClassifier", "ConvexEstimator", "ConvexRegressor", "plain_array", "project_to_simplex"]
 
 
 def plain_array(X: Any, what: str) -> Any:
@@ -53,6 +53,14 @@ class ConvexEstimator(BaseEstimator):
         if self.loss not in self._losses:
             known = ", ".join(map(repr, self._losses))
             raise InvalidInputError(f"loss is {self.loss!r}; one of {known} is wanted")
+
+    def _problem_arguments(self) -> dict[str, Any]:
+        """What the problems of all architectures take."""
+        names = (
+            "activation", "gates", "n_gates", "beta", "loss", "output_bias", "norms", "gate_sampling", "random_state",
+            "dtype", "device",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     def _solver_arguments(self) -> dict[str, Any]:
         return {
@@ -138,3 +146,22 @@ class ConvexClassifier(ClassifierMixin, ConvexEstimator):
 
     def _labels(self, outputs: np.ndarray) -> np.ndarray:
         return self.classes_[outputs.argmax(axis=1)]
+
+
+class ConvexRegressor(RegressorMixin, MultiOutputMixin, ConvexEstimator):
+    """Targets as a matrix, and outputs in the shape of the targets."""
+
+    _losses = ("squared", "huber")
+
+    def _as_targets(self, y: np.ndarray) -> np.ndarray:
+        """Targets (n, c) of y, (n,) or (n, c); remembers which."""
+        self._single_output = y.ndim == 1
+        return np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+
+    def _shaped(self, outputs: np.ndarray) -> np.ndarray:
+        """Outputs (n, c) as y was in training."""
+        return outputs[:, 0] if self._single_output else outputs
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predictions, (n,) or (n, c) as y was in training."""
+        return self._shaped(self._outputs(X))

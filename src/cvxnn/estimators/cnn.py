@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import MultiOutputMixin, RegressorMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cvxnn.errors import InvalidInputError
-from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, plain_array
+from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, ConvexRegressor, plain_array
 from cvxnn.problems import cnn_problem
 from cvxnn.samples import merge_duplicates
 from cvxnn.solvers import solve
@@ -123,25 +122,15 @@ class ConvexCNN(ConvexEstimator):
         problem = cnn_problem(
             images,
             Y,
-            activation=self.activation,
             filter_size=self.filter_size,
             stride=self.stride,
             padding=self.padding,
             pooling=self.pooling,
-            gates=self.gates,
-            n_gates=self.n_gates,
-            beta=self.beta,
-            loss=self.loss,
             hidden_bias=self.hidden_bias,
-            output_bias=self.output_bias,
-            norms=self.norms,
             sample_weight=weights,
-            gate_sampling=self.gate_sampling,
             gate_quantile=self.gate_quantile if self.hidden_bias else None,
             features=self.features,
-            random_state=self.random_state,
-            dtype=self.dtype,
-            device=self.device,
+            **self._problem_arguments(),
         )
         self._set_result(solve(problem, **self._solver_arguments()))
 
@@ -237,23 +226,15 @@ class ConvexCNNClassifier(ConvexClassifier, ConvexCNN):
         return self
 
 
-class ConvexCNNRegressor(RegressorMixin, MultiOutputMixin, ConvexCNN):
+class ConvexCNNRegressor(ConvexRegressor, ConvexCNN):
     """A two-layer CNN regressor trained to a certified distance from the global optimum.
 
     Parameters and attributes are those of :class:`ConvexCNNClassifier`, without classes; `loss` is "squared" or
     "huber", and y may have several columns.
     """
 
-    _losses = ("squared", "huber")
-
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexCNNRegressor:
         """Train on images X, (n, channels, H, W), (n, H, W) or rows, and targets y, (n,) or (n, c)."""
         images, y = self._validate(X, y, multi_output=True, y_numeric=True)
-        self._single_output = y.ndim == 1
-        self._fit_targets(images, np.asarray(y, dtype=np.float64).reshape(len(y), -1), sample_weight)
+        self._fit_targets(images, self._as_targets(y), sample_weight)
         return self
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Predictions, (n,) or (n, c) as y was in training."""
-        outputs = self._outputs(X)
-        return outputs[:, 0] if self._single_output else outputs

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator
+from cvxnn.estimators.base import ConvexClassifier, ConvexEstimator, ConvexRegressor
 from cvxnn.problem import Problem
 from cvxnn.problems import mlp_problem
 from cvxnn.samples import merge_duplicates
@@ -73,24 +72,15 @@ class ConvexMLP(ConvexEstimator):
 
     def _problem(self, X: np.ndarray, Y: np.ndarray, weights: np.ndarray, beta: float, random_state: Any) -> Problem:
         self._check_loss()
+        arguments = self._problem_arguments() | {"beta": beta, "random_state": random_state}
         return mlp_problem(
             X,
             Y,
-            activation=self.activation,
-            gates=self.gates,
-            n_gates=self.n_gates,
-            beta=beta,
-            loss=self.loss,
             reduction="mean",
             hidden_bias=self.hidden_bias,
-            output_bias=self.output_bias,
-            norms=self.norms,
             sample_weight=weights,
-            gate_sampling=self.gate_sampling,
             gate_quantile=self.gate_quantile,
-            random_state=random_state,
-            dtype=self.dtype,
-            device=self.device,
+            **arguments,
         )
 
     def _solver_arguments(self) -> dict[str, Any]:
@@ -184,14 +174,12 @@ class ConvexMLPClassifier(ConvexClassifier, ConvexMLP):
         return X, self._encode(y)
 
 
-class ConvexMLPRegressor(RegressorMixin, MultiOutputMixin, ConvexMLP):
+class ConvexMLPRegressor(ConvexRegressor, ConvexMLP):
     """A two-layer network regressor trained to a certified distance from the global optimum.
 
     Parameters and attributes are those of :class:`ConvexMLPClassifier`, without classes; `loss` is
     "squared" or "huber", and y may have several columns.
     """
-
-    _losses = ("squared", "huber")
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexMLPRegressor:
         """Train on X (n, d) and targets y, (n,) or (n, c)."""
@@ -201,10 +189,4 @@ class ConvexMLPRegressor(RegressorMixin, MultiOutputMixin, ConvexMLP):
 
     def _validate(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         X, y = validate_data(self, X, y, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
-        self._single_output = y.ndim == 1
-        return X, np.asarray(y, dtype=np.float64).reshape(len(y), -1)
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Predictions, (n,) or (n, c) as y was in training."""
-        outputs = self._outputs(X)
-        return outputs[:, 0] if self._single_output else outputs
+        return X, self._as_targets(y)
