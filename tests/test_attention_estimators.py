@@ -182,6 +182,7 @@ EMPTY[3] = False
     [
         (X.reshape(60, -1), {}, None, r"\(n, tokens, features\) is wanted, or token_shape"),
         (X.reshape(60, -1), {"token_shape": (4, 5)}, None, "16 columns; 20, 5 for each of 4 tokens"),
+        (X, {"token_shape": (2, 8)}, None, r"sequences of shape \(4, 4\); token_shape is \(2, 8\)"),
         (X.reshape(60, -1), {"token_shape": 4}, None, "token_shape is 4"),
         (X.reshape(60, -1), {"token_shape": (4, 0)}, None, r"token_shape is \(4, 0\)"),
         (X[:, None], {}, None, r"X has shape \(60, 1, 4, 4\)"),

@@ -276,6 +276,7 @@ CARELESS = [
     ({"precision": "float16"}, "precision is 'float16'"),
     ({"maps": "disk"}, "maps is 'disk'"),
     ({"features": "gpu"}, "features is 'gpu'"),
+    ({"method": "convex", "augment": "flip"}, "augment is 'flip'; it is for stages trained by 'sgd'"),
     ({"features": "cached", "augment": "flip"}, "features is 'cached'"),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"momentum": 1.0}, "momentum is 1.0"),

@@ -98,6 +98,8 @@ class ConvexAttention(ConvexEstimator):
             X = validate_data(self, X, **common)
         tokens, found = read_tokens(_sequences(X, shape), mask, "X")
         self.token_shape_ = tokens.shape[1:]
+        if shape not in (None, tuple(self.token_shape_)):
+            raise InvalidInputError(f"X has sequences of shape {tuple(self.token_shape_)}; token_shape is {shape}")
         self.n_features_in_ = int(np.prod(self.token_shape_))
         self._mask_kind = "" if mask is None else "tokens" if found.pairs is None else "pairs"
         return tokens, found, y

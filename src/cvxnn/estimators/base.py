@@ -55,12 +55,12 @@ class ConvexEstimator(BaseEstimator):
             raise InvalidInputError(f"loss is {self.loss!r}; one of {known} is wanted")
 
     def _problem_arguments(self) -> dict[str, Any]:
-        """What the problems of all architectures take."""
+        """What the problems of all architectures take, where it is a parameter."""
         names = (
             "activation", "gates", "n_gates", "beta", "loss", "output_bias", "norms", "gate_sampling", "random_state",
             "dtype", "device",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def _solver_arguments(self) -> dict[str, Any]:
         return {

@@ -88,8 +88,9 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
     map_pooling : None, int or (size, stride), or a list with one per stage
         Average pooling of the maps of a stage before the next stage sees them.
     mirror : bool
-        Each sample is an image with its mirror image: all filters see both, and they are pooled together, so that
-        the outputs do not depend on which is which.
+        Each sample is an image with its mirror image, one above the other: all filters see both, and they are pooled
+        together, so that the outputs do not depend on which is which. With padding that is so but for the rows at
+        the seam, where patches see the other image in place of zeros; with `padding=0` it is exact.
     standardize : bool or "image"
         Subtract the mean of each channel and divide by its standard deviation (True), or do so with each image, all
         channels together ("image"; 0.05 is added to its standard deviation).

@@ -210,6 +210,8 @@ def read_sgd(params: dict[str, Any]) -> SgdOptions:
         raise InvalidInputError(
             f"augment is {params['augment']!r}; with mirror=True or standardize='image' images are not augmented"
         )
+    if params["augment"] is not None and "sgd" not in np.atleast_1d(params["method"]):
+        raise InvalidInputError(f"augment is {params['augment']!r}; it is for stages trained by 'sgd'")
     if params["features"] == "cached" and params["augment"] is not None:
         raise InvalidInputError("features is 'cached', but augmented images change from epoch to epoch; use 'auto'")
     return SgdOptions(

@@ -26,8 +26,8 @@ class Reduction:
     Attributes
     ----------
     mirror : bool
-        The maps are those of an image above its mirror image. Each of the two is taken on its own, without the
-        patches that reach into the other.
+        The maps are those of an image above its mirror image. Each of the two is taken on its own; with padding, the
+        last rows of the one and the first of the other still see across the seam.
     size, stride : int
         Of an average pooling; 1 and 1 leave the maps as they are. It does not increase Euclidean norms.
     """

@@ -76,6 +76,7 @@ class Eliminated(LocalProblem):
     def evaluate(self, parts: Sequence[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
         u, beta = parts[0], self.beta
         if not self._solve(u):
+            self.V, self.R = u.new_zeros(len(u) * self.op.width, self.Y.shape[1]), self.Y
             return math.inf, [torch.zeros_like(u)]
         slope = beta * u
         for rows in self.batches:

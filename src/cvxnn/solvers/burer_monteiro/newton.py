@@ -71,6 +71,8 @@ def newton(
 
     value, slopes = local.evaluate(split(x))
     slope = torch.cat([part.flatten() for part in slopes])
+    if not math.isfinite(value):
+        return NewtonResult(split(x), value, damping, True, False, 0)
     for step in range(limit):
         if step >= at_least and float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
             return NewtonResult(split(x), value, damping, False, True, step)
