@@ -107,14 +107,14 @@ _MIXED_QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _CONVEX = {"method": "convex", "tol": 1e-3, "gate_sampling": "kmeans", "mirror": True, "precision": "float64"}
 _CONVEX_FASHION = _CONVEX | {
     "n_stages": 2,
-    "n_gates": (28, 30),
+    "n_gates": (28, 22),
     "filter_size": (5, 1),
     "padding": (2, 0),
     "pooling": ((5, 5), (3, 3)),
     "gate_quantile": (0.5, _MIXED_QUANTILES),
     "map_pooling": ((4, 1), None),
-    "width": 48,
-    "beta": (1e-4, 2e-4),
+    "width": 64,
+    "beta": (1e-4, 5e-5),
 }
 _CONVEX_CIFAR = _CONVEX | {
     "n_stages": 2,
