@@ -129,6 +129,7 @@ class BmGlobal(BurerMonteiro):
             return
         self.begin = time.perf_counter()
         self.damping = 1e-3
+        self.indefinite = False
         self.patience = 1
         self.share = 0.1
         self.violation = 1.0
@@ -219,7 +220,7 @@ class BmGlobal(BurerMonteiro):
 
     def _local(self) -> LocalProblem:
         arguments = self.problem, self.loss, self.columns, self._grams
-        if self.problem.loss.name == "squared" and self.options.eliminate:
+        if self.problem.loss.name == "squared" and self.options.eliminate and not self.indefinite:
             local = Eliminated(*arguments)
             if self.op.width == 1 or self._method(local) != "newton":
                 return local
@@ -247,6 +248,10 @@ class BmGlobal(BurerMonteiro):
             at_least=3 if fresh else 0,
             deadline=deadline,
         )
+        if not (self.indefinite or math.isfinite(found.value)):
+            # Rounding has made the system of the eliminated factor indefinite: both factors are moved from here on.
+            self.indefinite = True
+            return self._descend(fresh)
         self.descents += found.n_iter
         if found.stuck or found.converged or self.descents >= total:
             self.descents = 0
