@@ -1,6 +1,7 @@
-"""Tables from the CSV of the comparison: `python benchmarks/comparison/table.py FILE.csv [--write README.md]`.
+"""Tables from the CSV of the comparison: `python benchmarks/comparison/table.py FILE.csv ... [--write PAGE.md]`.
 
-With --write the lines between `<!-- peers:begin -->` and `<!-- peers:end -->` are replaced.
+With --write the lines between `<!-- peers:begin -->` and `<!-- peers:end -->` are replaced: by all tables, or with
+--summary by the short one of the README.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from results import INSTANCE, seconds_to
+from summary import summary
 
 TOLERANCES = (1e-4, 1e-6)
 _MARKS = re.compile(r"(<!-- peers:begin -->\n).*?(<!-- peers:end -->)", re.DOTALL)
@@ -98,12 +100,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--summary", action="store_true", help="the table of the README")
+    parser.add_argument("--beta", type=float, default=0.01, help="of the summary, relative to beta_max")
     arguments = parser.parse_args()
     rows = pd.concat([pd.read_csv(file) for file in arguments.csv], ignore_index=True)
-    text = markdown(rows)
+    if arguments.summary:
+        text = summary(times(rows), arguments.beta, n_gates=100, tol=1e-6)
+    else:
+        parts = [markdown(part) for _, part in rows.groupby(["dataset", "n_gates"], sort=False)]
+        text = "\n".join([*parts, ratios(rows)])
     if arguments.write is None:
         print(text)
-        print(ratios(rows))
         return
     page = arguments.write.read_text()
     if not _MARKS.search(page):
