@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
-from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
+from cvxnn.solvers.gated_rows import GatedRows, centred, norms
+from cvxnn.solvers.row_system import RowSystem
 
 __all__ = ["best_sizes", "corrected_dual"]
 
@@ -51,7 +52,7 @@ def best_sizes(U: Array, y: Array, beta: float, ones: Array | None) -> Array:
 
 
 def corrected_dual(
-    rows: GatedRows, system: KernelSystem, r: Array, G: Array, beta: float, used: Array
+    rows: GatedRows, system: RowSystem, r: Array, G: Array, beta: float, used: Array
 ) -> tuple[Array, Array]:
     """r moved so that ||A_k*(r)|| is nearly beta for the blocks in use, and no more for the others; and A*(r).
 
@@ -62,7 +63,7 @@ def corrected_dual(
     ----------
     rows : GatedRows
         In float64.
-    system : KernelSystem
+    system : RowSystem
         Factored.
     r : ndarray of shape (n,)
     G : ndarray of shape (P, d)
@@ -75,12 +76,11 @@ def corrected_dual(
     if len(chosen) == 0:
         return r, G
     columns = rows.columns(chosen, G[chosen] / sizes[chosen, None])
-    half = system.half_solve(columns)
-    gram = half.T @ half
+    gram, prepared = system.metric(columns)
     for _ in range(_CORRECTIONS):
         excess = sizes[chosen] - beta
         excess = np.where(used[chosen], excess, np.maximum(excess, 0.0))
-        r = centred(r - system.other_half(half @ _solve(gram, excess)), system.ones)
+        r = system.centred(r - system.step(prepared, _solve(gram, excess)))
         G = rows.adjoint(r)
         sizes = norms(G)
     return r, G

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from cvxnn.certificates import relative_gap
-from cvxnn.memory import available_bytes
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
-from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
+from cvxnn.solvers.gated_rows import GatedRows, centred, norms
+from cvxnn.solvers.kernel_system import KernelSystem
+from cvxnn.solvers.nystrom_system import NystromSystem
 from cvxnn.solvers.radial import best_sizes, corrected_dual
 from cvxnn.solvers.sides import SHARE
 from cvxnn.validation import check_integer, check_positive

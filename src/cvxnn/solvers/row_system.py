@@ -1,0 +1,116 @@
+"""What the iteration of `vector_admm` asks of the linear system of its quadratic step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvxnn.solvers.gated_rows import GatedRows, centred
+
+__all__ = ["SINGLE_LOSS", "RowSystem"]
+
+Array = NDArray[Any]
+
+#: Largest condition number times rounding error at which a system in float32 still corrects well.
+SINGLE_LOSS = 0.3
+
+
+class RowSystem(ABC):
+    """(K / rho + I) r + b ones = c with ones^T r = 0, K = A A*, solved again and again; b where there is an intercept.
+
+    Each solution is the last one corrected, in float32 where that does. What it has left of error is small beside the
+    change, and vanishes as the changes do.
+
+    Parameters
+    ----------
+    rows : GatedRows
+        In float64.
+    ones : ndarray of shape (n,) or None
+        The column of the intercept; None without one.
+    dtype : type
+        Of the arithmetic of a correction, to begin with.
+
+    Attributes
+    ----------
+    r : ndarray of shape (n,)
+        The last solution.
+    low : GatedRows
+        The map in the precision of the corrections.
+    largest : float
+        About the largest eigenvalue of K.
+    """
+
+    #: What the next solutions depend on, beside the factor.
+    kept: ClassVar[tuple[str, ...]] = ("r", "image")
+
+    def __init__(self, rows: GatedRows, ones: Array | None, dtype: type) -> None:
+        self.ones = ones
+        self.rows = rows
+        self.r: Array = np.zeros(len(rows.X))
+        #: K r.
+        self.image: Array = np.zeros(len(rows.X))
+        self.largest, self.rho = 0.0, 1.0
+        self.set_precision(dtype)
+
+    @property
+    def single(self) -> bool:
+        """Whether corrections are made in float32."""
+        return self.dtype == np.float32
+
+    def set_precision(self, dtype: type) -> None:
+        """Form what does not depend on rho, in a precision."""
+        self.dtype, self.low = dtype, self.rows.astype(dtype)
+
+    @property
+    def condition(self) -> float:
+        """About the condition number of K / rho + I."""
+        return 1 + self.largest / self.rho
+
+    @property
+    def too_coarse(self) -> bool:
+        """Whether float32 does not do for this rho."""
+        return self.single and self.condition * float(np.finfo(np.float32).eps) > SINGLE_LOSS
+
+    @abstractmethod
+    def fit_norm(self, target: Array) -> float:
+        """About the norm of the blocks of a lightly regularised least-squares fit to a target."""
+
+    @abstractmethod
+    def factor(self, rho: float) -> None:
+        """Prepare for a value of rho; in float64 where it makes the system too ill-conditioned for float32."""
+
+    @abstractmethod
+    def change(self, c: Array) -> Array:
+        """A* of the change of the solution for a new right side c, blocks (P, d); r is set."""
+
+    @abstractmethod
+    def metric(self, columns: Array) -> tuple[Array, Array]:
+        """Gram matrix (s, s) of columns (n, s) in the metric (K / rho + I)^-1, and what :meth:`step` needs of them."""
+
+    @abstractmethod
+    def step(self, prepared: Array, weights: Array) -> Array:
+        """(K / rho + I)^-1 columns weights, orthogonal to the intercept, from what :meth:`metric` prepared."""
+
+    def centred(self, values: Array) -> Array:
+        """Values less their part along the intercept."""
+        return centred(values, self.ones)
+
+    def refresh(self, blocks: Array) -> None:
+        """Form K r anew from A*(r) in float64."""
+        if self.single:
+            self.image = self.rows.apply(blocks)
+
+    def state(self) -> dict[str, Any]:
+        """What the next solutions depend on."""
+        return {name: getattr(self, name) for name in self.kept} | {"single": self.single, "rho": self.rho}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        for name in self.kept:
+            setattr(self, name, state[name])
+        if self.single and not state["single"]:
+            self.set_precision(np.float64)
+        self.factor(state["rho"])
