@@ -27,7 +27,7 @@ from cvxnn.solvers.sides import cheaper_side
 from cvxnn.solvers.ssnal import Ssnal
 from cvxnn.solvers.vector_admm import VectorAdmm
 from cvxnn.solvers.working_set import WorkingSet
-from cvxnn.validation import check_integer, check_positive
+from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 
@@ -167,7 +167,7 @@ def solve(
         raise UnsupportedError(f"solver {name!r} cannot serve this problem: {lacking}")
     if not isinstance(callbacks, Iterable) or not all(callable(callback) for callback in callbacks):
         raise InvalidInputError("callbacks holds something that cannot be called; a sequence of functions is wanted")
-    if resume and checkpoint is None:
+    if check_flag(resume, "resume") and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
     check_solver_memory(problem, name, rank, getattr(options, "side", None))
     if problem.operator.group is not None:

@@ -15,11 +15,11 @@ from cvxnn.memory import available_bytes
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
-from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.base import Iterate, Solver, check_relaxation
 from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
 from cvxnn.solvers.radial import best_sizes, corrected_dual
 from cvxnn.solvers.sides import SHARE
-from cvxnn.validation import check_integer, check_positive
+from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["VectorAdmm"]
 
@@ -67,7 +67,8 @@ class VectorAdmmOptions:
     def __post_init__(self) -> None:
         check_positive(self.rho, "rho", allow_none=True)
         check_integer(self.memory, "memory", minimum=0)
-        check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
+        check_relaxation(self.relaxation)
+        check_flag(self.adapt, "adapt")
 
 
 def vector_bytes(problem: Problem) -> int:
