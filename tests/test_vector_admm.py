@@ -6,6 +6,7 @@ import torch
 
 import cvxnn
 from cvxnn.errors import UnsupportedError
+from cvxnn.solvers import sides
 from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
 from cvxnn.solvers.radial import best_sizes, corrected_dual
@@ -135,6 +136,12 @@ def test_needs_fewer_steps_than_admm():
     for rel in (0.1, 1e-2, 1e-3):
         problem = problem_of(X, Y, rel)
         assert check_against_admm(problem).n_iter < cvxnn.solve(problem, "admm", tol=TOL).n_iter
+
+
+def test_what_is_free_is_looked_up_in_one_place(monkeypatch):
+    monkeypatch.setattr(sides, "available_bytes", lambda device: 1000)
+    with pytest.raises(UnsupportedError, match=r"its factorisation needs .* GiB, more than is free; use 'admm'"):
+        cvxnn.solve(make_problem(c=1), "vector_admm")
 
 
 @pytest.mark.parametrize("options", [{"memory": 0}, {"rho": 1e-4}, {"rho": 1e2}, {"relaxation": 1.0}])

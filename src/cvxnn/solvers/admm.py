@@ -71,9 +71,8 @@ class Admm(Solver):
     def unsupported(cls, problem: Problem) -> str | None:
         if not problem.norm.has_prox:
             return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
-        side = choose_side(problem, AdmmOptions.memory)
-        if not fits(problem, side, AdmmOptions.memory):
-            needed = factor_bytes(problem, side, AdmmOptions.memory)
+        needed = factor_bytes(problem, choose_side(problem, AdmmOptions.memory), AdmmOptions.memory)
+        if not fits(problem, needed):
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'fista'"
         return None
 

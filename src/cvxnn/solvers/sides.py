@@ -10,11 +10,11 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.iterative_ridge import IterativeRidge, n_landmarks
 from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
 
-__all__ = ["SHARE", "SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge"]
+__all__ = ["SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge"]
 
 SIDES = ("samples", "features", "iterative")
 #: Part of the free memory that the matrices may take.
-SHARE = 0.8
+_SHARE = 0.8
 
 
 def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
@@ -41,15 +41,15 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
     return (numbers + 2 * memory * unknowns) * problem.Y.element_size()
 
 
-def fits(problem: Problem, side: str, memory: int) -> bool:
-    """Whether a side fits in the memory that is free."""
-    return factor_bytes(problem, side, memory) <= SHARE * available_bytes(problem.device)
+def fits(problem: Problem, needed: int) -> bool:
+    """Whether matrices of so many bytes fit in the memory that is free."""
+    return needed <= _SHARE * available_bytes(problem.device)
 
 
 def choose_side(problem: Problem, memory: int) -> str:
     """The cheaper side to factor; conjugate gradients where that does not fit in memory."""
     side = cheaper_side(problem.operator, problem.loss.name == "squared")
-    if problem.operator.has_kernel_columns and not fits(problem, side, memory):
+    if problem.operator.has_kernel_columns and not fits(problem, factor_bytes(problem, side, memory)):
         return "iterative"
     return side
 

@@ -11,14 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from cvxnn.certificates import relative_gap
-from cvxnn.memory import available_bytes
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver, check_relaxation
 from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
 from cvxnn.solvers.radial import best_sizes, corrected_dual
-from cvxnn.solvers.sides import SHARE
+from cvxnn.solvers.sides import fits
 from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["VectorAdmm"]
@@ -107,7 +106,7 @@ class VectorAdmm(Solver):
         if problem.loss.name != "squared":
             return f"it needs the squared loss, and this is {problem.loss.name!r}; use 'admm'"
         needed = vector_bytes(problem)
-        if needed > SHARE * available_bytes(problem.device):
+        if not fits(problem, needed):
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'admm'"
         return None
 
