@@ -255,6 +255,20 @@ def test_other_blocks_are_refused(module, message):
         certify(module, TARGETS["tokens"])
 
 
+def test_weights_that_do_not_tell_what_they_are():
+    problem = cvxnn.attention_problem(X, Y, activation="linear", beta=BETA)
+    network = cvxnn.solve(problem, tol=1e-2).network()
+    projections = {f"{name}.weight": np.ones((3, 3)) for name in ("query", "key", "value", "out")}
+    wanted = r"of attention the module itself is wanted, or its heads as \{'W1': \(m, d, d\), 'W2': \(m, d, c\)\}$"
+    for weights in (network.state_dict(), projections, tuple(network.state_dict().values())[:2]):
+        with pytest.raises((InvalidInputError, UnsupportedError), match=wanted):
+            certify(weights, Y)
+        with pytest.raises(InvalidInputError, match=wanted):
+            certify(weights, Y, mask=VALID)
+    with pytest.raises(InvalidInputError, match=r"as in torch\.nn\.Linear, are wanted for these X and Y$"):
+        cvxnn.certify_network((np.ones((2, 3)), np.ones((2, 3))), X[:, 0], Y, beta=BETA)
+
+
 W = heads()
 
 

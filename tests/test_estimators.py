@@ -17,7 +17,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import cvxnn
-from cvxnn import ConvexMLPClassifier, ConvexMLPClassifierCV, ConvexMLPRegressor, ConvexMLPRegressorCV
+from cvxnn import (
+    ConvexAttentionRegressor,
+    ConvexCNNRegressor,
+    ConvexMLPClassifier,
+    ConvexMLPClassifierCV,
+    ConvexMLPRegressor,
+    ConvexMLPRegressorCV,
+)
 from cvxnn.errors import CertificationWarning, InvalidInputError, UnsupportedError
 from cvxnn.estimators import project_to_simplex
 from tests.helpers import make_data
@@ -235,6 +242,32 @@ def test_bad_parameters_are_named_in_fit(options, message):
     with pytest.raises((InvalidInputError, UnsupportedError), match=message) as refusal:
         classifier(**options).fit(X, BINARY)
     assert "\n" not in str(refusal.value)
+
+
+STRINGS = np.array(["low", "high"] * 30)
+
+
+@pytest.mark.parametrize("y", [STRINGS, STRINGS.astype(object), STRINGS.tolist(), np.stack([STRINGS, STRINGS], 1)])
+@pytest.mark.parametrize("kind", ["mlp", "path", "cnn", "attention"])
+def test_regressors_say_that_y_is_no_numbers(kind, y):
+    few = {"n_gates": 3, "random_state": 0, "device": "cpu"}
+    model, data = {
+        "mlp": (ConvexMLPRegressor(**few), X),
+        "path": (ConvexMLPRegressorCV(**few), X),
+        "cnn": (ConvexCNNRegressor(**few), np.zeros((60, 1, 4, 4))),
+        "attention": (ConvexAttentionRegressor(**few), np.zeros((60, 2, 3))),
+    }[kind]
+    with pytest.raises(InvalidInputError, match=r"^y cannot be read as .* numbers: could not convert .*'low'"):
+        model.fit(data, y)
+
+
+@pytest.mark.parametrize("y", [TARGET.astype(object), TARGET.astype(str)], ids=["objects", "strings"])
+def test_regressors_read_numbers_in_any_type(y):
+    plain = regressor().fit(X, TARGET)
+    assert np.array_equal(regressor().fit(X, y).predict(X), plain.predict(X))
+    y[0] = "nan"
+    with pytest.raises(ValueError, match="y contains NaN"):
+        regressor().fit(X, y)
 
 
 def test_losses_of_the_regressor():

@@ -1,5 +1,7 @@
 """Every solver on every problem that it supports: certified, in agreement, and refused early elsewhere."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 import cvxnn
 from cvxnn.errors import InvalidInputError, UnsupportedError
 from cvxnn.losses import Huber
+from cvxnn.solvers.api import SOLVERS
 from cvxnn.solvers.sides import cheaper_side, make_ridge
 from tests.helpers import LOSSES, NORMS, explicit_matrix, make_data, make_problem, random_blocks
 
@@ -200,12 +203,13 @@ def test_convex_solvers_take_no_rank(solver):
         ({"solver": "admm", "solver_options": {"speed": 1}}, "solver_options has 'speed'.*known options: relaxation"),
         ({"solver": "fista", "solver_options": {"rho": 1}}, "solver_options has 'rho'"),
         ({"solver_options": ["rho"]}, "solver_options is a list"),
-        ({"solver": "admm", "solver_options": {"relaxation": 2}}, "2 - relaxation"),
+        ({"solver": "admm", "solver_options": {"relaxation": 2}}, "relaxation is 2; a number between 0 and 2"),
+        ({"solver": "vector_admm", "solver_options": {"relaxation": 3}}, "relaxation is 3; a number between 0 and 2"),
         ({"solver": "admm", "solver_options": {"relaxation": "x"}}, "relaxation is 'x'"),
         ({"solver": "admm", "solver_options": {"rho": -1}}, "rho is -1"),
         ({"solver": "admm", "solver_options": {"side": "top"}}, "side is 'top'"),
         ({"solver": "admm", "solver_options": {"memory": -1}}, "memory is -1"),
-        ({"solver": "fista", "solver_options": {"step_growth": 0.5}}, "step_growth"),
+        ({"solver": "fista", "solver_options": {"step_growth": 0.5}}, "step_growth is 0.5; a number of at least 1"),
         ({"solver": "fista", "solver_options": {"step_growth": "x"}}, "step_growth is 'x'"),
         ({"solver": "frank_wolfe", "solver_options": {"new_atoms": 0}}, "new_atoms is 0"),
         ({"solver": "interior_point", "solver_options": {"backend": "x"}}, "backend is 'x'"),
@@ -215,11 +219,23 @@ def test_convex_solvers_take_no_rank(solver):
         ({"init": (1, 2, 3)}, "init"),
         ({"callbacks": print}, "callbacks"),
         ({"callbacks": ["print"]}, "callbacks"),
+        ({"resume": "no"}, "resume is 'no'; True or False is wanted"),
     ],
 )
 def test_refused_before_the_start(arguments, message):
     with pytest.raises(InvalidInputError, match=message):
         cvxnn.solve(make_problem(), **arguments)
+
+
+SWITCHES = [
+    (name, option.name) for name, kind in SOLVERS.items() for option in fields(kind.Options) if option.type == "bool"
+]
+
+
+@pytest.mark.parametrize(("solver", "option"), SWITCHES)
+def test_switches_are_true_or_false(solver, option):
+    with pytest.raises(InvalidInputError, match=f"{option} is 'no'; True or False is wanted"):
+        cvxnn.solve(make_problem(), solver, solver_options={option: "no"})
 
 
 def test_no_problem_is_refused():

@@ -5,11 +5,16 @@ import pytest
 import torch
 
 import cvxnn
-from cvxnn.errors import UnsupportedError
+from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.solvers import nystrom_system, sides, vector_costs
 from cvxnn.solvers.api import choose_solver
-from cvxnn.solvers.gated_rows import GatedRows, KernelSystem, centred, norms
+from cvxnn.solvers.base import make_options
+from cvxnn.solvers.gated_rows import GatedRows, centred, norms
+from cvxnn.solvers.kernel_system import KernelSystem
+from cvxnn.solvers.nystrom_system import NystromSystem
 from cvxnn.solvers.radial import best_sizes, corrected_dual
 from cvxnn.solvers.vector_admm import VectorAdmm
+from cvxnn.solvers.vector_costs import choose_system
 from tests.helpers import explicit_matrix, make_problem
 
 TOL = 1e-7
@@ -61,6 +66,61 @@ WEIGHTS = np.where(np.arange(80) < 10, 0.0, np.random.default_rng(1).random(80))
 def test_agrees_with_admm(options, rel):
     X, Y = data()
     check_against_admm(problem_of(X, Y + 3, rel, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"output_bias": True, "sample_weight": WEIGHTS},
+        {"hidden_bias": True, "output_bias": True},
+        {"activation": "linear"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rel", [0.9, 0.1, 1e-3])
+def test_conjugate_gradients_agree_with_admm(options, rel):
+    X, Y = data()
+    check_against_admm(problem_of(X, Y + 3, rel, **options), solver_options={"side": "iterative"})
+
+
+def test_conjugate_gradients_without_samples_that_count():
+    X, Y = data()
+    for inputs, targets in ((np.zeros_like(X), Y), (X, np.zeros_like(Y))):
+        problem = cvxnn.mlp_problem(inputs, targets, n_gates=5, beta=0.1)
+        result = cvxnn.solve(problem, "vector_admm", solver_options={"side": "iterative"})
+        assert result.status == "certified"
+
+
+def test_the_kernel_is_factored_once_gradients_have_cost_as_much(monkeypatch):
+    X, Y = data(300, 4)
+    problem = problem_of(X, Y, 1e-4, n_gates=200)
+    monkeypatch.setattr(vector_costs, "_ITERATIVE_FROM", 1)
+    monkeypatch.setattr(vector_costs, "_READING", 1e9)
+    solver = VectorAdmm(problem, make_options(VectorAdmm, None), 1e-12, None)
+    solver.start(None)
+    assert isinstance(solver.system, NystromSystem)
+    for _ in range(60):
+        solver.step()
+    assert isinstance(solver.system, KernelSystem)
+    matrix = kernel_of(solver.rows) / solver.rho + np.eye(300)
+    goal = solver.y - solver.rows.apply(solver.B)
+    solver.system.change(goal)
+    np.testing.assert_allclose(matrix @ solver.system.r, goal, atol=1e-6)
+
+
+def test_sides_are_chosen_by_cost():
+    small = problem_of(*data())
+    assert choose_system(small) == "samples"
+    X = np.random.default_rng(0).standard_normal((6_000, 20))
+    wide = cvxnn.mlp_problem(X, X[:, :1], n_gates=400, beta=0.1)
+    assert choose_system(wide) == "iterative"
+    assert choose_solver(wide) == "vector_admm"
+    narrow = cvxnn.mlp_problem(X[:, :2], X[:, :1], n_gates=3, beta=0.1)
+    assert choose_solver(narrow) == "admm"
+    assert vector_costs.vector_bytes(wide, "iterative") < 0.2 * vector_costs.vector_bytes(wide)
+    with pytest.raises(InvalidInputError, match="side"):
+        cvxnn.solve(small, "vector_admm", solver_options={"side": "features"})
 
 
 @pytest.mark.parametrize("output_bias", [False, True])
@@ -135,6 +195,12 @@ def test_needs_fewer_steps_than_admm():
     for rel in (0.1, 1e-2, 1e-3):
         problem = problem_of(X, Y, rel)
         assert check_against_admm(problem).n_iter < cvxnn.solve(problem, "admm", tol=TOL).n_iter
+
+
+def test_what_is_free_is_looked_up_in_one_place(monkeypatch):
+    monkeypatch.setattr(sides, "available_bytes", lambda device: 1000)
+    with pytest.raises(UnsupportedError, match=r"its matrices need .* GiB, more than is free; use 'admm'"):
+        cvxnn.solve(make_problem(c=1), "vector_admm")
 
 
 @pytest.mark.parametrize("options", [{"memory": 0}, {"rho": 1e-4}, {"rho": 1e2}, {"relaxation": 1.0}])
@@ -231,19 +297,24 @@ def test_maps_and_kernels_are_those_of_the_operator():
         np.testing.assert_allclose(rows.columns(np.array([1]), V[1:2])[:, 0], A[:, 4:8] @ V[1])
 
 
+@pytest.mark.parametrize("kind", [KernelSystem, NystromSystem])
 @pytest.mark.parametrize("n", [60, 1_001])
 @pytest.mark.parametrize("intercept", [False, True])
-def test_solutions_of_the_system(n, intercept):
+def test_solutions_of_the_system(n, intercept, kind):
     X, Y = data(n, 4)
     rows = GatedRows(X, (X @ X[:7].T >= 0).astype(float))
     ones = np.linspace(0.5, 1, n) if intercept else None
-    system = KernelSystem(rows, ones)
+    system = kind(rows, ones)
     system.factor(3.0)
-    assert system.single == (n > 1_000)
+    assert system.single == (n > 1_000 or kind is NystromSystem)
     matrix = kernel_of(rows) / 3 + np.eye(n)
     for c in (Y[:, 0], Y[:, 0] + X[:, 0], X[:, 1]):
-        for _ in range(3):
-            system.change(c)
+        for _ in range(3 if kind is KernelSystem else 20):
+            before = system.r.copy()
+            changed = system.change(c)
+            np.testing.assert_allclose(
+                changed, rows.adjoint(system.r - before), atol=1e-6 * norms(rows.adjoint(c)).max()
+            )
             system.refresh(rows.adjoint(system.r))
         rest = centred(c - matrix @ system.r, ones)
         if intercept:
@@ -253,6 +324,27 @@ def test_solutions_of_the_system(n, intercept):
             )
         else:
             np.testing.assert_allclose(rest, 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_metrics_of_the_two_systems(intercept, monkeypatch):
+    """That of the approximation is exact where all samples are in it."""
+    monkeypatch.setattr(nystrom_system, "_SHARE", 1)
+    X, Y = data(90, 2)
+    rows = GatedRows(X, (X @ X[:5].T >= 0).astype(float))
+    ones = np.linspace(0.5, 1, 90) if intercept else None
+    found = {}
+    for kind in (KernelSystem, NystromSystem):
+        system = kind(rows, ones)
+        system.factor(2.0)
+        gram, prepared = system.metric(X)
+        found[kind] = gram, system.step(prepared, X[0]), system.fit_norm(Y[:, 0])
+        assert system.largest == pytest.approx(np.linalg.eigvalsh(kernel_of(rows))[-1], rel=0.2)
+        assert system.fit_norm(np.zeros(90)) == 0
+        if intercept:
+            np.testing.assert_allclose(ones @ found[kind][1], 0, atol=1e-5)
+    for exact, close in zip(found[KernelSystem], found[NystromSystem], strict=True):
+        np.testing.assert_allclose(close, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())
 
 
 def test_best_sizes_beat_the_given_ones():

@@ -26,8 +26,8 @@ class Conic:
         self.data, self.beta, self.cap = (X, Y, gates), beta, cap
 
     def get_next(self, tol: float) -> float:
-        """Tolerances 1e-3, 1e-4, ..."""
-        return 1e-3 if tol > 1 else tol / 10
+        """Tolerances 1e-4, 1e-6, ..."""
+        return 1e-4 if tol > 1 else tol / 100
 
     def warm_up(self) -> None:
         """A program of two variables, which loads the backend."""

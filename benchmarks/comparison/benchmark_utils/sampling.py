@@ -33,11 +33,11 @@ class Certified(Reached):
 
 
 class Restarted:
-    """For methods that can only be run anew, with more iterations: 1.5 times as many, or as many as the cap allows."""
+    """For methods that can only be run anew, with more iterations: twice as many, or as many as the cap allows."""
 
     sampling_strategy = "iteration"
     stopping_criterion = Reached()
-    growth = 1.5
+    growth = 2.0
 
     def run_timed(self, seconds: float, iterations: int) -> None:
         """Remember how long a run took."""

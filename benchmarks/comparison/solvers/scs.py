@@ -9,7 +9,7 @@ from benchopt import BaseSolver
 
 
 class Solver(Conic, BaseSolver):
-    """Tolerances 1e-3, 1e-4, ..."""
+    """Tolerances 1e-4, 1e-6, ..."""
 
     name = "cvxpy-scs"
     requirements = ["pip::cvxpy", "pip::scs"]

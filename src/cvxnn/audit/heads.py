@@ -18,7 +18,7 @@ from cvxnn.operators.queries import OUTPUTS
 from cvxnn.operators.tokens import TokenMask, read_tokens
 from cvxnn.validation import check_choice
 
-__all__ = ["Heads", "read_heads"]
+__all__ = ["HEADS_WANTED", "Heads", "read_heads"]
 
 #: Sequences on which a module is compared with the formula.
 _COMPARED = 64
@@ -29,6 +29,8 @@ _PROJECTIONS = {
     "value": ("value", "v_proj", "to_v", "wv", "w_v", "v", "values"),
     "out": ("out", "out_proj", "to_out", "wo", "w_o", "o", "output", "proj"),
 }
+#: For weights that may be those of attention.
+HEADS_WANTED = "of attention the module itself is wanted, or its heads as {'W1': (m, d, d), 'W2': (m, d, c)}"
 _PRODUCTS = "heads W1 = query key^T and W2 = value out, weight decay on these products"
 _WANTED = (
     "sum_j X W1_j X^T X W2_j is wanted: W1 (m, d, d) and W2 (m, d, c) for m heads, or query, key, value and out "
@@ -72,7 +74,8 @@ def read_heads(module: Any, X: Any, mask: Any, output: str | None, activation: s
     if not _is_attention(module):
         for name, given in (("mask", mask), ("output", output)):
             if given is not None:
-                raise InvalidInputError(f"{name} is given, but the module is no attention; leave {name}=None")
+                advice = "" if isinstance(module, nn.Module) else f"; {HEADS_WANTED}"
+                raise InvalidInputError(f"{name} is given, but the module is no attention; leave {name}=None{advice}")
         return None
     if activation not in (None, "linear", "identity"):
         raise UnsupportedError(f"activation is {activation!r}; of attention, linear blocks are certified")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cvxnn.audit.heads import HEADS_WANTED
 from cvxnn.audit.modules import from_module
 from cvxnn.audit.weights import TrainedNetwork, as_weights, from_arrays, from_mapping, from_tuple
 from cvxnn.errors import InvalidInputError, UnsupportedError
@@ -82,10 +83,8 @@ def read_network(
             data = data.float().double()
     elif _is_sklearn(module):
         network, habits = _from_sklearn(module, data.shape[1])
-    elif isinstance(module, Mapping):
-        network = from_mapping(module, data.shape[1], n_outputs, activation or "relu", gates)
-    elif isinstance(module, (tuple, list)):
-        network = from_tuple(tuple(module), data.shape[1], n_outputs, activation or "relu", gates)
+    elif isinstance(module, (Mapping, tuple, list)):
+        network = _from_weights(module, inputs, n_outputs, activation or "relu", gates)
     else:
         raise InvalidInputError(
             f"module is a {type(module).__name__}; a torch.nn.Module, a state dict, a tuple (W1, W2) or "
@@ -94,6 +93,21 @@ def read_network(
     if activation is not None and network.activation != activation:
         raise InvalidInputError(f"activation is {activation!r}, but the network is {network.activation!r}")
     return network, data, habits
+
+
+def _from_weights(
+    weights: Any, inputs: torch.Tensor, n_outputs: int | None, activation: str, gates: Any
+) -> TrainedNetwork:
+    """Two layers; weights for sequences that are none may be those of attention, which the error says."""
+    n_features = inputs[0].numel()
+    try:
+        if isinstance(weights, Mapping):
+            return from_mapping(weights, n_features, n_outputs, activation, gates)
+        return from_tuple(tuple(weights), n_features, n_outputs, activation, gates)
+    except (InvalidInputError, UnsupportedError) as error:
+        if inputs.ndim != 3:
+            raise
+        raise type(error)(f"{error}; {HEADS_WANTED}") from error
 
 
 def _inputs(X: Any) -> torch.Tensor:

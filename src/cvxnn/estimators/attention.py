@@ -355,7 +355,7 @@ class ConvexAttentionRegressor(ConvexRegressor, ConvexAttention):
         mask : array-like of bool, shape (n, s), (s, s) or (n, s, s), optional
             Which tokens are valid, or which see which, as in :func:`cvxnn.attention_problem`.
         """
-        tokens, found, y = self._validate(X, y, mask, multi_output=True, y_numeric=True)
+        tokens, found, y = self._validate(X, y, mask, multi_output=True)
         if self.output == "mean":
             Y = self._as_targets(y)
         else:

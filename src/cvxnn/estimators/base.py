@@ -13,7 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from cvxnn.certificates import Certificate
 from cvxnn.errors import CertificationWarning, InvalidInputError
 from cvxnn.solvers import Result
-from cvxnn.validation import check_sample_weight
+from cvxnn.validation import as_matrix, check_sample_weight
 
 __all__ = ["ConvexClassifier", "ConvexEstimator", "ConvexRegressor", "plain_array", "project_to_simplex"]
 
@@ -154,9 +154,9 @@ class ConvexRegressor(RegressorMixin, MultiOutputMixin, ConvexEstimator):
     _losses = ("squared", "huber")
 
     def _as_targets(self, y: np.ndarray) -> np.ndarray:
-        """Targets (n, c) of y, (n,) or (n, c); remembers which."""
+        """Targets (n, c) of y, (n,) or (n, c), numbers in any type; remembers which."""
         self._single_output = y.ndim == 1
-        return np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+        return as_matrix(y[:, None] if y.ndim == 1 else y, "y")
 
     def _shaped(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs (n, c) as y was in training."""

@@ -235,6 +235,6 @@ class ConvexCNNRegressor(ConvexRegressor, ConvexCNN):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConvexCNNRegressor:
         """Train on images X, (n, channels, H, W), (n, H, W) or rows, and targets y, (n,) or (n, c)."""
-        images, y = self._validate(X, y, multi_output=True, y_numeric=True)
+        images, y = self._validate(X, y, multi_output=True)
         self._fit_targets(images, self._as_targets(y), sample_weight)
         return self

@@ -188,5 +188,5 @@ class ConvexMLPRegressor(ConvexRegressor, ConvexMLP):
         return self
 
     def _validate(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        X, y = validate_data(self, X, y, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
+        X, y = validate_data(self, X, y, dtype=np.float64, order="C", multi_output=True)
         return X, self._as_targets(y)

@@ -12,10 +12,10 @@ from cvxnn.certificates import relative_gap
 from cvxnn.errors import UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
-from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.base import Iterate, Solver, check_relaxation
 from cvxnn.solvers.ridge import FeatureRidge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
-from cvxnn.validation import check_choice, check_integer, check_positive
+from cvxnn.validation import check_choice, check_flag, check_integer, check_positive
 
 __all__ = ["Admm", "AdmmOptions"]
 
@@ -49,7 +49,8 @@ class AdmmOptions:
         check_positive(self.rho, "rho", allow_none=True)
         check_integer(self.memory, "memory", minimum=0)
         check_choice(self.side, "side", ("auto", *SIDES))
-        check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
+        check_relaxation(self.relaxation)
+        check_flag(self.adapt, "adapt")
 
 
 class Admm(Solver):
@@ -70,9 +71,8 @@ class Admm(Solver):
     def unsupported(cls, problem: Problem) -> str | None:
         if not problem.norm.has_prox:
             return f"it needs the prox of the norm, which {problem.norm.name} does not have; use 'frank_wolfe'"
-        side = choose_side(problem, AdmmOptions.memory)
-        if not fits(problem, side, AdmmOptions.memory):
-            needed = factor_bytes(problem, side, AdmmOptions.memory)
+        needed = factor_bytes(problem, choose_side(problem, AdmmOptions.memory), AdmmOptions.memory)
+        if not fits(problem, needed):
             return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'fista'"
         return None
 

@@ -23,16 +23,13 @@ from cvxnn.solvers.frank_wolfe import FrankWolfe
 from cvxnn.solvers.interior_point import InteriorPoint
 from cvxnn.solvers.memory import check_solver_memory
 from cvxnn.solvers.result import Result
-from cvxnn.solvers.sides import cheaper_side
 from cvxnn.solvers.ssnal import Ssnal
 from cvxnn.solvers.vector_admm import VectorAdmm
+from cvxnn.solvers.vector_costs import is_worthwhile
 from cvxnn.solvers.working_set import WorkingSet
-from cvxnn.validation import check_integer, check_positive
+from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
-
-#: Steps of "vector_admm" in a run of usual length.
-_VECTOR_STEPS = 30
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
@@ -71,7 +68,7 @@ def choose_solver(problem: Problem) -> str:
 
 def _choose_here(problem: Problem) -> str:
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
-    if _lacking(VectorAdmm, problem) is None and cheaper_side(problem.operator, True, _VECTOR_STEPS) == "samples":
+    if _lacking(VectorAdmm, problem) is None and is_worthwhile(problem):
         return VectorAdmm.name
     for name in names:
         if _lacking(SOLVERS[name], problem) is None:
@@ -167,7 +164,7 @@ def solve(
         raise UnsupportedError(f"solver {name!r} cannot serve this problem: {lacking}")
     if not isinstance(callbacks, Iterable) or not all(callable(callback) for callback in callbacks):
         raise InvalidInputError("callbacks holds something that cannot be called; a sequence of functions is wanted")
-    if resume and checkpoint is None:
+    if check_flag(resume, "resume") and checkpoint is None:
         raise InvalidInputError("resume=True needs the path of a checkpoint")
     check_solver_memory(problem, name, rank, getattr(options, "side", None))
     if problem.operator.group is not None:

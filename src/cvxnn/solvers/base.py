@@ -11,8 +11,9 @@ import torch
 from cvxnn.certificates import Certificate
 from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
+from cvxnn.validation import check_positive
 
-__all__ = ["Iterate", "Solver", "make_options"]
+__all__ = ["Iterate", "Solver", "check_relaxation", "make_options"]
 
 
 @dataclass
@@ -139,6 +140,12 @@ class Solver(ABC):
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` returned."""
+
+
+def check_relaxation(value: Any) -> None:
+    """Refuse an over-relaxation that is no number in (0, 2)."""
+    if not check_positive(value, "relaxation") < 2:
+        raise InvalidInputError(f"relaxation is {value!r}; a number between 0 and 2 is wanted")
 
 
 def make_options(solver: type[Solver], given: dict[str, Any] | None) -> Any:

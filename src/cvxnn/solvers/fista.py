@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
-from cvxnn.validation import check_positive
+from cvxnn.validation import check_flag, check_positive
 
 __all__ = ["Fista"]
 
@@ -31,7 +32,9 @@ class FistaOptions:
     step_growth: float = 1.05
 
     def __post_init__(self) -> None:
-        check_positive(check_positive(self.step_growth, "step_growth") - 1, "step_growth - 1", allow_zero=True)
+        check_flag(self.restart, "restart")
+        if not check_positive(self.step_growth, "step_growth") >= 1:
+            raise InvalidInputError(f"step_growth is {self.step_growth!r}; a number of at least 1 is wanted")
 
 
 class Fista(Solver):

@@ -7,7 +7,7 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.admm import AdmmOptions
 from cvxnn.solvers.burer_monteiro.base import MAX_DEFAULT_RANK
 from cvxnn.solvers.sides import choose_side, factor_bytes
-from cvxnn.solvers.vector_admm import vector_bytes
+from cvxnn.solvers.vector_costs import choose_system, vector_bytes
 
 __all__ = ["check_solver_memory", "needed_bytes"]
 
@@ -28,7 +28,7 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
     rank : int, optional
         Columns per gate of the solvers on factors; by default what they take.
     side : {"samples", "features", "iterative"}, optional
-        Of ADMM.
+        Of ADMM; the first and the last for "vector_admm".
     """
     op = problem.operator
     n_gates, p, q = op.block_shape
@@ -42,7 +42,8 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
         return None
     factorisation = 0
     if solver == "vector_admm":
-        factorisation = vector_bytes(problem)
+        system = choose_system(problem) if side in (None, "auto") else side
+        factorisation = vector_bytes(problem, system)
     if solver == "admm":
         chosen = choose_side(problem, AdmmOptions.memory) if side in (None, "auto") else side
         factorisation = factor_bytes(problem, chosen, AdmmOptions.memory)

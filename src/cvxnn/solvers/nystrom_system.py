@@ -54,7 +54,7 @@ class NystromSystem(RowSystem):
         # Rounding of the columns is what limits the smallest eigenvalues.
         diagonal = np.einsum("ii->i", core)
         diagonal += 10 * len(core) * np.finfo(dtype).eps * diagonal.mean()
-        factor = np.asfortranarray(np.linalg.cholesky(core), dtype=dtype)
+        factor: Array = np.asfortranarray(np.linalg.cholesky(core), dtype=dtype)
         (trsm,) = blas.get_blas_funcs(("trsm",), (columns,))
         #: W (m, n) with W^T W the approximation of K.
         self._low_rank: Array = trsm(1.0, factor, columns.T, side=1, lower=1, trans_a=1, overwrite_b=1).T
@@ -73,9 +73,10 @@ class NystromSystem(RowSystem):
             self.set_precision(np.float64)
         inner = self._gram / rho
         np.einsum("ii->i", inner)[:] += 1.0
-        self._factor = np.asfortranarray(np.linalg.cholesky(inner), dtype=self.dtype)
+        self._factor: Array = np.asfortranarray(np.linalg.cholesky(inner), dtype=self.dtype)
         self._trsm, self._trsv = blas.get_blas_funcs(("trsm", "trsv"), (self._factor,))
-        self._ones = None if self.ones is None else self._solved(self.ones)
+        if self.ones is not None:
+            self._solved_ones = self._solved(self.ones)
 
     def _solved(self, v: Array) -> Array:
         """(W^T W / rho + I)^-1 v."""
@@ -87,8 +88,8 @@ class NystromSystem(RowSystem):
         """What was solved with the preconditioner, moved within its metric to be orthogonal to the intercept."""
         if self.ones is None:
             return z
-        share = (self.ones @ z) / float(self.ones @ self._ones)
-        return z - (self._ones * share if z.ndim == 1 else np.outer(self._ones, share))
+        share = (self.ones @ z) / float(self.ones @ self._solved_ones)
+        return z - (self._solved_ones * share if z.ndim == 1 else np.outer(self._solved_ones, share))
 
     def metric(self, columns: Array) -> tuple[Array, Array]:
         right: Array = np.asfortranarray(self._low_rank @ columns.astype(self.dtype))
@@ -105,7 +106,7 @@ class NystromSystem(RowSystem):
         size = float(np.linalg.norm(residual))
         rounding = 10 * float(np.finfo(np.float64).eps) * float(np.linalg.norm(c))
         goal = max(_REDUCTION * size, rounding)
-        change = np.zeros(self.rows.shape, dtype=self.dtype)
+        change: Array = np.zeros(self.rows.shape, dtype=self.dtype)
         direction, last = np.zeros_like(residual), 1.0
         for _ in range(_STEPS):
             if not size > goal:

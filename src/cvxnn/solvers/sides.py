@@ -10,24 +10,30 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.iterative_ridge import IterativeRidge, n_landmarks
 from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
 
-__all__ = ["SHARE", "SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge"]
+__all__ = ["SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge", "side_costs"]
 
 SIDES = ("samples", "features", "iterative")
 #: Part of the free memory that the matrices may take.
-SHARE = 0.8
+_SHARE = 0.8
 
 
-def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
-    """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
-    if not operator.has_rows:
-        return "features"
+def side_costs(operator: Operator, constant_target: bool, iterations: int = 150) -> dict[str, float]:
+    """Floating-point operations of ADMM on each side that can be factored."""
     n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
     passes = 4.0 * n * features * c
-    samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
-    samples += iterations * (passes + 2.0 * n**2 * c)
     gram = n * features**2 + features**3 / 3
     gram += iterations * ((0.0 if constant_target else passes) + 2.0 * features**2 * c)
-    return "samples" if samples <= gram else "features"
+    if not operator.has_rows:
+        return {"features": gram}
+    samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
+    samples += iterations * (passes + 2.0 * n**2 * c)
+    return {"samples": samples, "features": gram}
+
+
+def cheaper_side(operator: Operator, constant_target: bool) -> str:
+    """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
+    costs = side_costs(operator, constant_target)
+    return min(costs, key=lambda side: costs[side])
 
 
 def factor_bytes(problem: Problem, side: str, memory: int) -> int:
@@ -41,15 +47,15 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
     return (numbers + 2 * memory * unknowns) * problem.Y.element_size()
 
 
-def fits(problem: Problem, side: str, memory: int) -> bool:
-    """Whether a side fits in the memory that is free."""
-    return factor_bytes(problem, side, memory) <= SHARE * available_bytes(problem.device)
+def fits(problem: Problem, needed: int) -> bool:
+    """Whether matrices of so many bytes fit in the memory that is free."""
+    return needed <= _SHARE * available_bytes(problem.device)
 
 
 def choose_side(problem: Problem, memory: int) -> str:
     """The cheaper side to factor; conjugate gradients where that does not fit in memory."""
     side = cheaper_side(problem.operator, problem.loss.name == "squared")
-    if problem.operator.has_kernel_columns and not fits(problem, side, memory):
+    if problem.operator.has_kernel_columns and not fits(problem, factor_bytes(problem, side, memory)):
         return "iterative"
     return side
 

@@ -14,13 +14,15 @@ from cvxnn.certificates import relative_gap
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
-from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.base import Iterate, Solver, check_relaxation
 from cvxnn.solvers.gated_rows import GatedRows, centred, norms
 from cvxnn.solvers.kernel_system import KernelSystem
 from cvxnn.solvers.nystrom_system import NystromSystem
 from cvxnn.solvers.radial import best_sizes, corrected_dual
-from cvxnn.solvers.sides import SHARE
-from cvxnn.validation import check_integer, check_positive
+from cvxnn.solvers.row_system import RowSystem
+from cvxnn.solvers.sides import fits
+from cvxnn.solvers.vector_costs import SYSTEMS, choose_system, factoring, passing, vector_bytes
+from cvxnn.validation import check_choice, check_flag, check_integer, check_positive
 
 __all__ = ["VectorAdmm"]
 
@@ -58,30 +60,31 @@ class VectorAdmmOptions:
         Fit the penalty to the norms of the blocks in use.
     memory : int
         Length of the Anderson acceleration; 0 for plain ADMM.
+    side : {"auto", "samples", "iterative"}
+        Factor the kernel of the samples, or solve with it by preconditioned conjugate gradients; "auto" takes the
+        cheaper one.
     """
 
     relaxation: float = 1.7
     rho: float | None = None
     adapt: bool = True
     memory: int = 10
+    side: str = "auto"
 
     def __post_init__(self) -> None:
+        check_choice(self.side, "side", ("auto", *SYSTEMS))
         check_positive(self.rho, "rho", allow_none=True)
         check_integer(self.memory, "memory", minimum=0)
-        check_positive(2 - check_positive(self.relaxation, "relaxation"), "2 - relaxation")
-
-
-def vector_bytes(problem: Problem) -> int:
-    """Memory of the kernel and its factor, in float64 at worst, and of the data and patterns in two precisions."""
-    n, (n_gates, d, _) = problem.operator.n_samples, problem.operator.block_shape
-    return 16 * n**2 + 16 * n * (d + n_gates) + 16 * VectorAdmmOptions.memory * n_gates * d
+        check_relaxation(self.relaxation)
+        check_flag(self.adapt, "adapt")
 
 
 class VectorAdmm(Solver):
     """The iteration of ``admm`` on a group lasso, made to need few steps and little for each.
 
-    - The kernel of many samples is factored in float32. Each solution is the last one corrected, and what is added up
-      from changes is formed anew in float64 before it counts, so that the precision is that of float64.
+    - The kernel of many samples is factored in float32, or it is solved with by conjugate gradients. Each solution is
+      the last one corrected, and what is added up from changes is formed anew in float64 before it counts, so that the
+      precision is that of float64.
     - The primal objective is off by the square of the error of the iterates, the dual bound by the error itself. Every
       few steps a dual point is found near r that meets ||A_k*(r)|| <= beta to second order, and a primal point with
       the best sizes of the blocks (:mod:`cvxnn.solvers.radial`); both are small systems in the blocks in use. These
@@ -106,9 +109,9 @@ class VectorAdmm(Solver):
             return "it needs one output and columns in the l2 norm; use 'admm'"
         if problem.loss.name != "squared":
             return f"it needs the squared loss, and this is {problem.loss.name!r}; use 'admm'"
-        needed = vector_bytes(problem)
-        if needed > SHARE * available_bytes(problem.device):
-            return f"its factorisation needs {needed / 2**30:.1f} GiB, more than is free; use 'admm'"
+        needed = vector_bytes(problem, "iterative")
+        if not fits(problem, needed):
+            return f"its matrices need {needed / 2**30:.1f} GiB, more than is free; use 'admm'"
         return None
 
     def __init__(self, problem: Problem, *arguments: Any) -> None:
@@ -128,7 +131,7 @@ class VectorAdmm(Solver):
         self.ones = root / float(root.max()) if problem.output_bias else None
 
     def start(self, point: Iterate | None) -> None:
-        self.system = KernelSystem(self.rows, self.ones)
+        self._set_system(choose_system(self.problem) if self.options.side == "auto" else self.options.side)
         shape = self.rows.shape
         self.W, self.U, self.G, self.B, self.best_W = _zeros(5, *shape)
         self.image, self.best_r = _zeros(2, len(self.y))
@@ -141,6 +144,10 @@ class VectorAdmm(Solver):
         self.system.factor(self.rho)
         if point is not None:
             self._warm_start(point)
+
+    def _set_system(self, side: str) -> None:
+        kind = KernelSystem if side == "samples" else NystromSystem
+        self.system: RowSystem = kind(self.rows, self.ones)
 
     def _first_rho(self) -> float:
         """From the norm of a lightly regularised least-squares fit, as if all blocks shared it."""
@@ -164,7 +171,7 @@ class VectorAdmm(Solver):
         B = self.W - self.U
         self.image += self.system.low.apply((B - self.B).astype(dtype, copy=False))
         self.B = B
-        self.G += self.system.low.adjoint(self.system.change(self.y - self.image))
+        self.G += self.system.change(self.y - self.image)
         last = self.W + self.U
         moved = self.G / self.rho
         moved += B
@@ -200,6 +207,7 @@ class VectorAdmm(Solver):
         if self.options.adapt and self.gap > self.tol and self.iteration >= self.next_adaptation:
             self.next_adaptation = int(1.5 * self.iteration) + 5
             self._adapt(sizes[sizes > 0])
+        self._reconsider()
 
     def _better_point(self, sizes: Array) -> tuple[Array, Array]:
         """W with the best sizes of its blocks; the better one of the two counts for the gap."""
@@ -262,6 +270,17 @@ class VectorAdmm(Solver):
         if self.anderson is not None:
             self.anderson.reset()
 
+    def _reconsider(self) -> None:
+        """Factor the kernel after all, once conjugate gradients have taken as long as that would have."""
+        if not isinstance(self.system, NystromSystem) or self.options.side != "auto" or self.gap <= self.tol:
+            return
+        sizes = len(self.y), *self.rows.shape
+        if self.system.spent * passing(*sizes) > factoring(*sizes) and fits(self.problem, vector_bytes(self.problem)):
+            r, image = self.system.r, self.system.image
+            self._set_system("samples")
+            self.system.r, self.system.image = r, image
+            self.system.factor(self.rho)
+
     def estimated_gap(self) -> float | None:
         due = self.gap > self.tol and self.iteration - self.certified_at >= _CERTIFY_EVERY
         return None if due else self.gap
@@ -293,6 +312,7 @@ class VectorAdmm(Solver):
             parts[part][short] = value.numpy().copy() if isinstance(value, torch.Tensor) else value
         for name, value in parts[""].items():
             setattr(self, name, math.inf if value is None else value)
+        self._set_system("iterative" if "spent" in parts["system"] else "samples")
         self.system.load_state(parts["system"])
         if self.anderson is not None:
             self.anderson.load_state(parts["anderson"])
