@@ -47,6 +47,7 @@ $(PEERS): $(STAMP)
 
 bench: $(PEERS) ## side by side with other packages, a small set, in results/comparison/
 	$(ONE_THREAD) $(BIN)/python benchmarks/comparison/run.py small --out results/comparison
+	$(BIN)/python benchmarks/comparison/table.py results/comparison/small.csv
 
 bench-full: $(PEERS) ## the same on all data sets; Fashion-MNIST from the folder CVXNN_DATA_DIR
 	$(ONE_THREAD) $(BIN)/python benchmarks/comparison/run.py full --out results/comparison

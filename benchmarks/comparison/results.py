@@ -11,6 +11,8 @@ import pandas as pd
 __all__ = ["INSTANCE", "draw", "read_run", "seconds_to"]
 
 INSTANCE = ["dataset", "beta", "n_gates"]
+#: Points of a curve whose seconds are at least so much of each other are interpolated.
+_NEAR = 0.1
 _COLUMNS = {
     "dataset_name": "dataset",
     "p_obj_beta": "beta",
@@ -39,7 +41,8 @@ def seconds_to(curve: pd.DataFrame, tol: float) -> float:
     """Seconds of a solver until a relative gap; infinity where it did not get there.
 
     Ours are the seconds until the gap was proven. For the others the time between two points of the curve is
-    interpolated, in logarithms, and the gap is that to the best bound known, which costs them nothing.
+    interpolated, in logarithms, where they are near each other, and the gap is that to the best bound known, which
+    costs them nothing.
     """
     curve = curve.sort_values("seconds" if len(curve) else "stop_val")
     if curve["solver"].iloc[0].startswith("cvxnn-"):
@@ -50,7 +53,8 @@ def seconds_to(curve: pd.DataFrame, tol: float) -> float:
     if len(there) == 0:
         return float("inf")
     i = there[0]
-    if i == 0 or not gaps[i - 1] > tol or seconds[i - 1] <= 0:
+    restarted = curve["solver"].iloc[0].startswith("cvxpy-")
+    if i == 0 or restarted or not gaps[i - 1] > tol or seconds[i - 1] < _NEAR * seconds[i]:
         return float(seconds[i])
     floor = max(gaps[i], 1e-16)
     share = np.log(gaps[i - 1] / tol) / np.log(gaps[i - 1] / floor)
