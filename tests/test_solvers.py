@@ -123,6 +123,23 @@ def test_unscaled_features_in_float32_do_not_crash(loss, side, scale):
     assert result.objective <= problem.objective(torch.zeros_like(result.Z))
 
 
+@pytest.mark.parametrize("small", [0.0, 1e-300, 1e-12])
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "huber", "logistic"])
+def test_samples_of_little_weight_cost_no_iterations(loss, side, small):
+    X, _, labels = make_data(40, 3, 3)
+    gates = np.random.default_rng(0).standard_normal((3, 10))
+    options = {"loss": loss, "gates": gates, "reduction": "sum", "output_bias": True, "beta": 0.05}
+    settings = {"tol": 1e-6, "solver_options": {"side": side}}
+    few = cvxnn.solve(cvxnn.mlp_problem(X[:12], np.eye(3)[labels[:12]], **options), "admm", **settings)
+    weights = np.where(np.arange(40) < 12, 1.0, small)
+    problem = cvxnn.mlp_problem(X, np.eye(3)[labels], sample_weight=weights, **options)
+    result = cvxnn.solve(problem, "admm", max_iter=3_000, **settings)
+    check(result, 1e-6)
+    assert result.n_iter <= 2 * few.n_iter
+    assert result.objective == pytest.approx(few.objective, rel=1e-5)
+
+
 def test_two_samples_are_solved():
     """Extrapolations that fail must not mislead the penalties."""
     X = np.random.default_rng(0).standard_normal((60, 3))[:2]

@@ -81,6 +81,9 @@ class Admm(Solver):
         self.op = problem.operator
         self.squared = problem.loss.name == "squared"
         self.weights = problem.weights.to(problem.dtype)
+        #: Penalties on rows of T go with the weights of the samples, as curvatures do: these are their roots.
+        self.shares = (self.weights / self.weights.max()).sqrt().unsqueeze(1)
+        self.used_weights = torch.where(self.weights > 0, self.weights.max(), 0.0)
 
     def start(self, point: Iterate | None) -> None:
         problem = self.problem
@@ -94,7 +97,7 @@ class Admm(Solver):
             )
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
         self.sigma = float(self.weights.max()) * problem.loss.smoothness
-        step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
+        step_weights = self.weights if self.squared else self._penalties()
         target = problem.Y if self.squared else None
         self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias, target)
         self.iteration, self.next_adaptation = 0, 5
@@ -121,7 +124,15 @@ class Admm(Solver):
         size = float(self.problem.norm.dual_estimate(blocks).max())
         shrink = min(1.0, self.problem.beta / size) if size > 0 else 1.0
         self.U = (blocks * (-shrink / self.rho)).to(self.W)
-        self.T, self.S = predictions.to(self.T), (dual * (shrink / self.sigma)).to(self.S)
+        self.T, self.S = predictions.to(self.T), self._per_penalty((dual * shrink).to(self.S))
+
+    def _penalties(self) -> torch.Tensor:
+        """Penalties (n,) of T = A(Z): sigma for the largest weight."""
+        return self.sigma * self.shares[:, 0].square()
+
+    def _per_penalty(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (n, c) over their penalties; zero for samples without weight, whose T nothing depends on."""
+        return torch.where(self.shares > 0, rows / self.sigma / self.shares.square(), 0.0)
 
     def _estimate_rho(self, point: Iterate | None) -> float:
         """beta sqrt(P min(p, q)) / ||Z||, the size of the multiplier over that of Z if all singular values are used.
@@ -167,13 +178,13 @@ class Admm(Solver):
         target = self.T - self.S
         solution = self.ridge.solve(self.W - self.U, target)
         assert solution.residual is not None
-        predictions = target - solution.residual / self.sigma
+        predictions = target - self._per_penalty(solution.residual)
         moved_T = torch.lerp(self.T, predictions, self.options.relaxation) + self.S
         moved_W = torch.lerp(self.W, solution.Z, self.options.relaxation) + self.U
         if self.anderson is not None:
             moved_W, moved_T = self._accelerate(self.anderson, moved_W, moved_T)
         self._last_predictions, self._last_T = predictions, self.T
-        self.T = self.problem.loss.prox(moved_T, self.problem.Y, self.weights, self.sigma, start=self.T)
+        self.T = self.problem.loss.prox(moved_T, self.problem.Y, self.used_weights, self.sigma, start=self.T)
         self.S = moved_T - self.T
         self._shrink(solution.Z, moved_W)
 
@@ -181,11 +192,12 @@ class Admm(Solver):
         self, anderson: Anderson, moved_W: torch.Tensor, moved_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One extrapolation of both parts, in the metric of the penalties."""
-        scales = math.sqrt(self.rho), math.sqrt(self.sigma)
-        point = torch.cat([(self.W + self.U).flatten() * scales[0], (self.T + self.S).flatten() * scales[1]])
-        image = torch.cat([moved_W.flatten() * scales[0], moved_T.flatten() * scales[1]])
+        root, roots = math.sqrt(self.rho), math.sqrt(self.sigma) * self.shares
+        point = torch.cat([(self.W + self.U).flatten() * root, ((self.T + self.S) * roots).flatten()])
+        image = torch.cat([moved_W.flatten() * root, (moved_T * roots).flatten()])
         first, second = anderson.next(point, image).split([moved_W.numel(), moved_T.numel()])
-        return (first / scales[0]).view_as(moved_W), (second / scales[1]).view_as(moved_T)
+        moved_T = torch.where(roots > 0, second.view_as(moved_T) / roots, 0.0)
+        return (first / root).view_as(moved_W), moved_T
 
     def _shrink(self, Z: torch.Tensor, moved: torch.Tensor) -> None:
         """The prox of the norm and the update of its multiplier."""
@@ -198,7 +210,8 @@ class Admm(Solver):
         rho_factor = _balance(self._last_Z, self.W, self._last_W, self.U, self.tolerated)
         sigma_factor = 1.0
         if not self.squared:
-            sigma_factor = _balance(self._last_predictions, self.T, self._last_T, self.S, self.tolerated)
+            parts = (self.shares * part for part in (self._last_predictions, self.T, self._last_T, self.S))
+            sigma_factor = _balance(*parts, self.tolerated)
         if rho_factor == 1.0 and sigma_factor == 1.0:
             return
         self.rho *= rho_factor
@@ -212,12 +225,12 @@ class Admm(Solver):
 
     def _refactor(self, sigma_changed: bool) -> None:
         if sigma_changed:
-            self.ridge.set_weights(torch.full_like(self.weights, self.sigma))
+            self.ridge.set_weights(self._penalties())
         self.ridge.factor(self.rho)
 
     def iterate(self) -> Iterate:
         if not self.squared:
-            return Iterate(self.W, dual=self.sigma * self.S)
+            return Iterate(self.W, dual=self.sigma * self.shares.square() * self.S)
         if self.residual is None and isinstance(self.ridge, FeatureRidge):
             self.residual = self.ridge.residual(self._last_Z, self.problem.Y)
         return Iterate(self.W, dual=None if self.residual is None else -self.residual)
