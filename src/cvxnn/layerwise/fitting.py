@@ -36,7 +36,7 @@ __all__ = ["LayerwiseRun", "Samples"]
 
 @dataclass
 class Samples:
-    """Standardised images (n, C, H, W), labels as indices, and the images of the stage at hand.
+    """Standardised images (n, C, H, W), spaced for the first stage, labels as indices, and the images of the stage.
 
     Of several processes each has the images of its share of the samples, and the labels of all.
     """
@@ -154,15 +154,15 @@ class LayerwiseRun:
                 samples.source = unshuffle(samples.images) if stage.downsample else samples.images
                 continue
             reduction = self.trained[-1].reduction
-            size = reduction.grid(layer.geometry, *samples.source.shape[2:])
+            size = reduction.grid(layer.geometry, *samples.source.shape[2:], layer.gap)
             size = (size[0] // 2, size[1] // 2) if stage.downsample else size
-            pooling = self._pooling(stage, size)
+            pooling = self._pooling(stage, (size[0] + stage.gap, size[1]))
             samples.source = StageMaps(
-                samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps, reduction
+                samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps, reduction, stage.gap
             )
 
     def _pooling(self, stage: StageOptions, size: Sequence[int]) -> torch.Tensor:
-        return stage_pooling(stage.pooling, stage.geometry, size[0], size[1], stage.reduction.mirror)
+        return stage_pooling(stage.pooling, stage.geometry, size[0], size[1], stage.reduction.mirror, stage.gap)
 
     def _train(self, stage: StageOptions) -> tuple[StageResult, TrainedStage]:
         begin = time.perf_counter()
@@ -241,13 +241,13 @@ class LayerwiseRun:
         op = self._operator(problem)
         gates = problem.gates
         assert gates is not None
-        convolution = GatedConvolution(columns.u, gates, columns.gate, stage.geometry, stage.downsample)
+        convolution = GatedConvolution(columns.u, gates, columns.gate, stage.geometry, stage.downsample, stage.gap)
         head = PooledHead(op.split_right(columns.v), bias, op.pooling)
         if stage.width is None and not stage.normalize:
             return TrainedStage(convolution, head, None, stage.reduction)
         chosen = torch.argsort(columns.sizes(), descending=True, stable=True)[: stage.width]
         kept = columns[chosen.sort().values]
-        layer = GatedConvolution(kept.u, gates, kept.gate, stage.geometry, stage.downsample)
+        layer = GatedConvolution(kept.u, gates, kept.gate, stage.geometry, stage.downsample, stage.gap)
         if stage.normalize:
             scales = channel_scales(op.images, layer, self.group)
             layer.filters.data.mul_(scales.unsqueeze(1).to(layer.filters))
@@ -259,7 +259,7 @@ class LayerwiseRun:
         """What is known of a stage but for its times, its accuracy and its certificate."""
         op = self._operator(problem)
         source = self.train.source
-        grid = stage.reduction.grid(op.geometry, *source.shape[2:])
+        grid = stage.reduction.grid(op.geometry, *source.shape[2:], stage.gap)
         return StageResult(
             number=stage.number,
             method=stage.method,

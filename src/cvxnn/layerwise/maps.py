@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from cvxnn.distributed import Group
-from cvxnn.layerwise.reduction import Reduction
+from cvxnn.layerwise.reduction import Reduction, spaced
 from cvxnn.layerwise.stage import GatedConvolution, unshuffle
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
@@ -38,9 +38,9 @@ class StageMaps(ImageSource):
     Parameters
     ----------
     parent : torch.Tensor or StageMaps of shape (n, C, H, W)
-        Images of the stage.
+        Images of the stage, with its gap.
     layer : GatedConvolution
-        Its downsampling is that of the parent's maps, which has been done.
+        Its downsampling and gap are those of the parent's maps, which have been done.
     geometry, pooling : PatchGeometry, torch.Tensor of shape (a, K)
         Of the next stage, for :attr:`rounding`.
     downsample : bool
@@ -49,6 +49,8 @@ class StageMaps(ImageSource):
         Whether the maps are kept; "auto" keeps up to 2 GiB.
     reduction : Reduction, optional
         What is left of the maps, before they are pixel-unshuffled.
+    gap : int
+        Rows of zeros between the maps of an image and of its mirror image, for the next stage.
 
     Notes
     -----
@@ -68,16 +70,18 @@ class StageMaps(ImageSource):
         downsample: bool = False,
         storage: str = "auto",
         reduction: Reduction | None = None,
+        gap: int = 0,
     ) -> None:
-        self.parent, self.layer, self.downsample = parent, layer, downsample
+        self.parent, self.layer, self.downsample, self.gap = parent, layer, downsample, gap
         self.reduction = Reduction() if reduction is None else reduction
         self.dtype, self.device = parent.dtype, parent.device
         n, _, height, width = parent.shape
         self._grid = layer.geometry.grid(height, width)
-        self._half = self.reduction.half(layer.geometry, height, width)
-        shape = (n, layer.n_channels, *self.reduction.grid(layer.geometry, height, width))
+        self._half = self.reduction.half(layer.geometry, height, width, layer.gap)
+        shape = (n, layer.n_channels, *self.reduction.grid(layer.geometry, height, width, layer.gap))
         if downsample:
             shape = (n, 4 * shape[1], shape[2] // 2, shape[3] // 2)
+        shape = (*shape[:2], shape[2] + gap, shape[3])
         self.shape = torch.Size(shape)
         size = math.prod(shape) * self.dtype.itemsize
         self.kept: torch.Tensor | None = None
@@ -126,7 +130,7 @@ class StageMaps(ImageSource):
     def _maps(self, images: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         assert self._bits is not None
         maps = self.reduction(self.layer.maps(images, self._bits.rows(rows)).detach(), self._half)
-        return unshuffle(maps) if self.downsample else maps
+        return spaced(unshuffle(maps) if self.downsample else maps, self.gap)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         if self.kept is not None:
