@@ -154,9 +154,10 @@ class LayerwiseRun:
                 samples.source = unshuffle(samples.images) if stage.downsample else samples.images
                 continue
             reduction = self.trained[-1].reduction
-            size = reduction.grid(layer.geometry, *samples.source.shape[2:], layer.gap)
-            size = (size[0] // 2, size[1] // 2) if stage.downsample else size
-            pooling = self._pooling(stage, (size[0] + stage.gap, size[1]))
+            height, width = samples.source.shape[2:]
+            height, width = reduction.grid(layer.geometry, height, width, layer.gap)
+            height, width = (height // 2, width // 2) if stage.downsample else (height, width)
+            pooling = self._pooling(stage, (height + stage.gap, width))
             samples.source = StageMaps(
                 samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps, reduction, stage.gap
             )
@@ -259,7 +260,8 @@ class LayerwiseRun:
         """What is known of a stage but for its times, its accuracy and its certificate."""
         op = self._operator(problem)
         source = self.train.source
-        grid = stage.reduction.grid(op.geometry, *source.shape[2:], stage.gap)
+        height, width = source.shape[2:]
+        grid = stage.reduction.grid(op.geometry, height, width, stage.gap)
         return StageResult(
             number=stage.number,
             method=stage.method,

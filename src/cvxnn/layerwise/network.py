@@ -137,7 +137,8 @@ class TrainedStage(nn.Module):
         """What the next stage sees of images of this one."""
         layer = self.features
         images = layer.prepared(images)
-        half = self.reduction.half(layer.geometry, *images.shape[2:], layer.gap)
+        height, width = images.shape[2:]
+        half = self.reduction.half(layer.geometry, height, width, layer.gap)
         return self.reduction(layer.maps(images), half)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
