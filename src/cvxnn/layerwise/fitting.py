@@ -30,6 +30,7 @@ from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
 from cvxnn.problem import Problem
 from cvxnn.problems import cnn_problem
+from cvxnn.problems.patch_gates import PatchGates, choose_patch_gates
 
 __all__ = ["LayerwiseRun", "Samples"]
 
@@ -181,32 +182,38 @@ class LayerwiseRun:
 
     def _problem(self, stage: StageOptions, gates: np.ndarray | None) -> Problem:
         """The problem of a stage; with the gates of a checkpoint, these were drawn by the same run."""
-        problem = self._problem_of(stage, gates)
-        if gates is None:
-            moved = gates_off_ties(self._operator(problem), self.train.all_images)
-            problem = problem if moved is None else self._problem_of(stage, moved)
-        return problem.with_scope("sampled_gates")
-
-    def _problem_of(self, stage: StageOptions, gates: np.ndarray | None) -> Problem:
-        return cnn_problem(
-            self.train.all_images,
+        images = self.train.all_images
+        problem = cnn_problem(
+            images,
             np.eye(self.n_outputs)[self.train.labels],
             filter_size=stage.geometry.filter_size,
             stride=stage.geometry.stride,
             padding=stage.geometry.padding,
             pooling=self._pooling(stage, self.train.source.shape[2:]),
-            gates=gates,
-            n_gates=stage.n_gates,
+            gates=self._drawn_gates(stage, images) if gates is None else gates,
             beta=stage.beta,
             loss=stage.loss,
             hidden_bias=stage.geometry.bias,
             output_bias=stage.output_bias,
-            gate_sampling=stage.gate_sampling,
-            gate_quantile=stage.gate_quantile,
-            random_state=epoch_seed(self.seed, stage.number),
             features=self._storage(stage),
             dtype=self.train.images.dtype,
             device=self.train.images.device,
+        )
+        return problem.with_scope("sampled_gates")
+
+    def _drawn_gates(self, stage: StageOptions, images: torch.Tensor | ImageSource) -> PatchGates:
+        """New gates with their patterns."""
+        return choose_patch_gates(
+            images,
+            stage.geometry,
+            None,
+            stage.n_gates,
+            stage.gate_sampling,
+            stage.gate_quantile,
+            None,
+            epoch_seed(self.seed, stage.number),
+            "gated_relu",
+            lambda drawn: gates_off_ties(drawn, stage.geometry, images),
         )
 
     def _storage(self, stage: StageOptions) -> str:
