@@ -182,7 +182,9 @@ def test_thresholds_are_moved_off_the_background():
     options = {"padding": 1, "n_gates": 12, "gate_sampling": "whitened", "hidden_bias": True, "output_bias": True}
     problem = cvxnn.cnn_problem(images, np.arange(60) % 3, gate_quantile=0.6, **options)
     patches = problem.operator.geometry(torch.from_numpy(images)).flatten(0, 1)
-    moved = torch.from_numpy(gates_off_ties(problem.operator))
+    moved = torch.from_numpy(
+        gates_off_ties(problem.operator.gates, problem.operator.geometry, torch.from_numpy(images))
+    )
 
     def tied(gates):
         return ((patches @ gates).abs() < 1e-6).double().mean(0)
@@ -191,7 +193,7 @@ def test_thresholds_are_moved_off_the_background():
     assert float(tied(moved).max()) < 1e-3
     assert torch.equal(moved[:-1], problem.gates[:-1])
     again = cvxnn.cnn_problem(images, np.arange(60) % 3, gates=moved.numpy(), hidden_bias=True, padding=1)
-    assert gates_off_ties(again.operator) is None
+    assert gates_off_ties(again.operator.gates, again.operator.geometry, torch.from_numpy(images)) is None
 
 
 @pytest.mark.parametrize("maps", ["cached", "recomputed"])

@@ -22,7 +22,7 @@ from cvxnn.layerwise.checkpoint import RunFolder, run_fingerprint
 from cvxnn.layerwise.fitting import LayerwiseRun, Samples
 from cvxnn.layerwise.inputs import read_labels, read_pixels, read_validation
 from cvxnn.layerwise.network import LayerwiseNetwork, Standardizer, outputs_in_batches
-from cvxnn.layerwise.options import PRECISIONS, read_sgd, read_stages, stage_shapes
+from cvxnn.layerwise.options import PRECISIONS, read_sgd, read_stages, with_gaps
 from cvxnn.layerwise.results import StageResult
 from cvxnn.losses import get_loss
 from cvxnn.validation import (
@@ -89,8 +89,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         Average pooling of the maps of a stage before the next stage sees them.
     mirror : bool
         Each sample is an image with its mirror image, one above the other: all filters see both, and they are pooled
-        together, so that the outputs do not depend on which is which. With padding that is so but for the rows at
-        the seam, where patches see the other image in place of zeros; with `padding=0` it is exact.
+        together, so that the outputs do not depend on which is which.
     standardize : bool or "image"
         Subtract the mean of each channel and divide by its standard deviation (True), or do so with each image, all
         channels together ("image"; 0.05 is added to its standard deviation).
@@ -277,20 +276,21 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         if len(classes) < 2:
             raise InvalidInputError(f"y has only one class, {classes.tolist()}; at least two classes are wanted")
         checked = read_validation(validation, images.shape[1:], classes)
-        stage_shapes(stages, images.shape[1:], len(classes))
+        stages = with_gaps(stages, images.shape[1:], len(classes))
         scale = self._scale(images)
         folder, seed = self._folder(stages, asdict(sgd), images, labels, scale)
 
         dtype = torch.float64 if self.precision == "float64" else torch.float32
         raw = without_copy(images)
         standardizer = Standardizer.of(raw, scale, standardize, dtype, bool(self.mirror))
-        train = _samples(raw, labels, standardizer, device)
+        gap = stages[0].gap * (2 if stages[0].downsample else 1)
+        train = _samples(raw, labels, standardizer, device, gap)
         bad = not all(bool(torch.isfinite(part).all()) for part in (standardizer.deviation, train.images))
         if bad if train.group is None else train.group.any(bad):
             raise InvalidInputError("X has numbers that are too large; rescale it")
         held = None
         if checked is not None:
-            held = _samples(without_copy(checked[0]), checked[1], standardizer, device, "validation")
+            held = _samples(without_copy(checked[0]), checked[1], standardizer, device, gap, "validation")
         run = LayerwiseRun(
             stages,
             sgd,
@@ -336,7 +336,7 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         if self.checkpoint is None:
             return None, seed
         facts = [scale, self.standardize, self.mirror, self.precision, self.maps, sgd, seed if given else None]
-        prints = [run_fingerprint([], [part]) for part in stages]
+        prints = [run_fingerprint([], [part, part.gap] if part.gap else [part]) for part in stages]
         data = run_fingerprint([images, labels], facts)
         chain = [run_fingerprint([], [data, *prints[: i + 1]]) for i in range(len(stages))]
         folder = RunFolder(self.checkpoint, chain, sample_group())
@@ -396,9 +396,9 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
 
 
 def _samples(
-    raw: torch.Tensor, labels: np.ndarray, standardizer: Standardizer, device: torch.device, name: str = "X"
+    raw: torch.Tensor, labels: np.ndarray, standardizer: Standardizer, device: torch.device, gap: int, name: str = "X"
 ) -> Samples:
-    """Standardised images: all, or those of this process, and the labels of all."""
+    """Standardised images, with a gap, all or those of this process, and the labels of all."""
     group = sample_group()
     own = slice(None) if group is None else group.share(len(labels), name)
-    return Samples(standardizer.all(raw[own]).to(device), labels, group)
+    return Samples(standardizer.all(raw[own], gap).to(device), labels, group)

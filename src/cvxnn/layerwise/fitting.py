@@ -30,13 +30,14 @@ from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
 from cvxnn.problem import Problem
 from cvxnn.problems import cnn_problem
+from cvxnn.problems.patch_gates import PatchGates, choose_patch_gates
 
 __all__ = ["LayerwiseRun", "Samples"]
 
 
 @dataclass
 class Samples:
-    """Standardised images (n, C, H, W), labels as indices, and the images of the stage at hand.
+    """Standardised images (n, C, H, W), spaced for the first stage, labels as indices, and the images of the stage.
 
     Of several processes each has the images of its share of the samples, and the labels of all.
     """
@@ -154,15 +155,16 @@ class LayerwiseRun:
                 samples.source = unshuffle(samples.images) if stage.downsample else samples.images
                 continue
             reduction = self.trained[-1].reduction
-            size = reduction.grid(layer.geometry, *samples.source.shape[2:])
-            size = (size[0] // 2, size[1] // 2) if stage.downsample else size
-            pooling = self._pooling(stage, size)
+            height, width = samples.source.shape[2:]
+            height, width = reduction.grid(layer.geometry, height, width, layer.gap)
+            height, width = (height // 2, width // 2) if stage.downsample else (height, width)
+            pooling = self._pooling(stage, (height + stage.gap, width))
             samples.source = StageMaps(
-                samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps, reduction
+                samples.source, layer, stage.geometry, pooling, stage.downsample, self.maps, reduction, stage.gap
             )
 
     def _pooling(self, stage: StageOptions, size: Sequence[int]) -> torch.Tensor:
-        return stage_pooling(stage.pooling, stage.geometry, size[0], size[1], stage.reduction.mirror)
+        return stage_pooling(stage.pooling, stage.geometry, size[0], size[1], stage.reduction.mirror, stage.gap)
 
     def _train(self, stage: StageOptions) -> tuple[StageResult, TrainedStage]:
         begin = time.perf_counter()
@@ -180,32 +182,38 @@ class LayerwiseRun:
 
     def _problem(self, stage: StageOptions, gates: np.ndarray | None) -> Problem:
         """The problem of a stage; with the gates of a checkpoint, these were drawn by the same run."""
-        problem = self._problem_of(stage, gates)
-        if gates is None:
-            moved = gates_off_ties(self._operator(problem), self.train.all_images)
-            problem = problem if moved is None else self._problem_of(stage, moved)
-        return problem.with_scope("sampled_gates")
-
-    def _problem_of(self, stage: StageOptions, gates: np.ndarray | None) -> Problem:
-        return cnn_problem(
-            self.train.all_images,
+        images = self.train.all_images
+        problem = cnn_problem(
+            images,
             np.eye(self.n_outputs)[self.train.labels],
             filter_size=stage.geometry.filter_size,
             stride=stage.geometry.stride,
             padding=stage.geometry.padding,
             pooling=self._pooling(stage, self.train.source.shape[2:]),
-            gates=gates,
-            n_gates=stage.n_gates,
+            gates=self._drawn_gates(stage, images) if gates is None else gates,
             beta=stage.beta,
             loss=stage.loss,
             hidden_bias=stage.geometry.bias,
             output_bias=stage.output_bias,
-            gate_sampling=stage.gate_sampling,
-            gate_quantile=stage.gate_quantile,
-            random_state=epoch_seed(self.seed, stage.number),
             features=self._storage(stage),
             dtype=self.train.images.dtype,
             device=self.train.images.device,
+        )
+        return problem.with_scope("sampled_gates")
+
+    def _drawn_gates(self, stage: StageOptions, images: torch.Tensor | ImageSource) -> PatchGates:
+        """New gates with their patterns."""
+        return choose_patch_gates(
+            images,
+            stage.geometry,
+            None,
+            stage.n_gates,
+            stage.gate_sampling,
+            stage.gate_quantile,
+            None,
+            epoch_seed(self.seed, stage.number),
+            "gated_relu",
+            lambda drawn: gates_off_ties(drawn, stage.geometry, images),
         )
 
     def _storage(self, stage: StageOptions) -> str:
@@ -241,13 +249,13 @@ class LayerwiseRun:
         op = self._operator(problem)
         gates = problem.gates
         assert gates is not None
-        convolution = GatedConvolution(columns.u, gates, columns.gate, stage.geometry, stage.downsample)
+        convolution = GatedConvolution(columns.u, gates, columns.gate, stage.geometry, stage.downsample, stage.gap)
         head = PooledHead(op.split_right(columns.v), bias, op.pooling)
         if stage.width is None and not stage.normalize:
             return TrainedStage(convolution, head, None, stage.reduction)
         chosen = torch.argsort(columns.sizes(), descending=True, stable=True)[: stage.width]
         kept = columns[chosen.sort().values]
-        layer = GatedConvolution(kept.u, gates, kept.gate, stage.geometry, stage.downsample)
+        layer = GatedConvolution(kept.u, gates, kept.gate, stage.geometry, stage.downsample, stage.gap)
         if stage.normalize:
             scales = channel_scales(op.images, layer, self.group)
             layer.filters.data.mul_(scales.unsqueeze(1).to(layer.filters))
@@ -259,7 +267,8 @@ class LayerwiseRun:
         """What is known of a stage but for its times, its accuracy and its certificate."""
         op = self._operator(problem)
         source = self.train.source
-        grid = stage.reduction.grid(op.geometry, *source.shape[2:])
+        height, width = source.shape[2:]
+        grid = stage.reduction.grid(op.geometry, height, width, stage.gap)
         return StageResult(
             number=stage.number,
             method=stage.method,

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from cvxnn.distributed import Group
-from cvxnn.layerwise.reduction import Reduction
+from cvxnn.layerwise.reduction import Reduction, spaced
 from cvxnn.layerwise.stage import GatedConvolution, unshuffle
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
 from cvxnn.operators.sources import ImageSource
-from cvxnn.patterns import PatchBits, patch_bits
+from cvxnn.patterns import PatchBits, gather_bits
 
 __all__ = ["MAPS", "StageMaps", "channel_scales"]
 
@@ -38,9 +38,9 @@ class StageMaps(ImageSource):
     Parameters
     ----------
     parent : torch.Tensor or StageMaps of shape (n, C, H, W)
-        Images of the stage.
+        Images of the stage, with its gap.
     layer : GatedConvolution
-        Its downsampling is that of the parent's maps, which has been done.
+        Its downsampling and gap are those of the parent's maps, which have been done.
     geometry, pooling : PatchGeometry, torch.Tensor of shape (a, K)
         Of the next stage, for :attr:`rounding`.
     downsample : bool
@@ -49,6 +49,8 @@ class StageMaps(ImageSource):
         Whether the maps are kept; "auto" keeps up to 2 GiB.
     reduction : Reduction, optional
         What is left of the maps, before they are pixel-unshuffled.
+    gap : int
+        Rows of zeros between the maps of an image and of its mirror image, for the next stage.
 
     Notes
     -----
@@ -68,16 +70,18 @@ class StageMaps(ImageSource):
         downsample: bool = False,
         storage: str = "auto",
         reduction: Reduction | None = None,
+        gap: int = 0,
     ) -> None:
-        self.parent, self.layer, self.downsample = parent, layer, downsample
+        self.parent, self.layer, self.downsample, self.gap = parent, layer, downsample, gap
         self.reduction = Reduction() if reduction is None else reduction
         self.dtype, self.device = parent.dtype, parent.device
         n, _, height, width = parent.shape
         self._grid = layer.geometry.grid(height, width)
-        self._half = self.reduction.half(layer.geometry, height, width)
-        shape = (n, layer.n_channels, *self.reduction.grid(layer.geometry, height, width))
+        self._half = self.reduction.half(layer.geometry, height, width, layer.gap)
+        shape = (n, layer.n_channels, *self.reduction.grid(layer.geometry, height, width, layer.gap))
         if downsample:
             shape = (n, 4 * shape[1], shape[2] // 2, shape[3] // 2)
+        shape = (*shape[:2], shape[2] + gap, shape[3])
         self.shape = torch.Size(shape)
         size = math.prod(shape) * self.dtype.itemsize
         self.kept: torch.Tensor | None = None
@@ -86,52 +90,69 @@ class StageMaps(ImageSource):
         h = layer.filters.shape[1]
         n_gates = layer.gates.shape[1]
         positions = math.prod(self._grid)
-        self._batches = row_batches(n, 8 * positions * (2 * h + 2 * n_gates + 3 * layer.n_channels), _BATCH_BYTES)
-        exact = parent.double() if isinstance(parent, StageMaps) else parent
-        self._bits: PatchBits | None = patch_bits(
-            n, lambda rows: layer.geometry(exact[rows].double()), layer.gates, self._batches[0].stop
-        )
+        batches = row_batches(n, 8 * positions * (2 * h + 2 * n_gates + 3 * layer.n_channels), _BATCH_BYTES)
+        self._together = batches[0].stop
         self.errors = torch.zeros(n, dtype=torch.float64, device=self.device)
+        #: What :attr:`rounding` is relative to, squared, of each sample; noted when its maps are first read in float64.
+        self._cells = torch.zeros(n, dtype=torch.float64, device=self.device)
+        self._unread = torch.ones(n, dtype=torch.bool, device=self.device)
+        self._next = geometry, pooling.to(self.device)
         self._double: StageMaps | None = None
-        self.rounding_of_reader = 0.0
-        self._read_all(exact, geometry, pooling.to(self.device))
+        self._bits: PatchBits | None = None
+        exact = parent.double() if isinstance(parent, StageMaps) else parent
+        if self.kept is None:
+            self._bits = self._read_gates(exact)
+            return
+        for rows in batches:
+            images = exact[rows].double()
+            self.kept[rows] = self._maps(images, self._active(images)).to(self.dtype)
 
-    def _read_all(self, exact: torch.Tensor | StageMaps, geometry: PatchGeometry, pooling: torch.Tensor) -> None:
-        """One pass in float64 that fills what is kept, or bounds the errors of readings."""
-        assert self._bits is not None
+    def _active(self, images: torch.Tensor) -> torch.Tensor:
+        """The patterns of images of the parent, in float64."""
+        return self.layer.geometry(images) @ self.layer.gates >= 0
+
+    def _read_gates(self, exact: torch.Tensor | StageMaps) -> PatchBits:
+        """One pass over the images of the parent for the patterns, and for bounds of the errors of readings."""
         layer = self.layer
         U = layer.filters.detach().double()
         gamma = 4 * (U.shape[1] + self.reduction.size**2 + 6) * _EPS
         spectral = float(torch.linalg.matrix_norm(U, 2)) * (1 + 1e-6)
         spread = spectral * math.sqrt(_patches_of_a_pixel(layer.geometry))
         inherited = exact.errors if isinstance(exact, StageMaps) else self.errors
-        cells = 0.0
-        for rows in self._batches:
+
+        def part(rows: slice) -> torch.Tensor:
             images = exact[rows].double()
-            maps = self._maps(images, rows)
-            if self.kept is not None:
-                self.kept[rows] = maps.to(self.dtype)
-                continue
             norms = _patch_squares(images, layer.geometry).sum(1).sqrt()
             self.errors[rows] = spread * inherited[rows] + gamma * float(U.norm()) * norms
-            cells += float((_patch_squares(maps, geometry).sqrt() @ pooling.abs().T).square().sum())
-        if self.kept is not None:
-            self._bits = None
-            return
-        # sum_k |P_ak| ||E_k|| <= ||P_a|| sqrt(s) ||E||_F for an error E of an image, E_k that of patch k.
-        wide = float(pooling.norm()) * math.sqrt(_patches_of_a_pixel(geometry))
-        largest = wide * float(self.errors.norm())
-        self.rounding_of_reader = 2 * largest / math.sqrt(cells) if cells > 0 else math.inf
+            return self._active(images)
 
-    def _maps(self, images: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        assert self._bits is not None
-        maps = self.reduction(self.layer.maps(images, self._bits.rows(rows)).detach(), self._half)
-        return unshuffle(maps) if self.downsample else maps
+        return gather_bits(len(self), None, layer.gates.shape[1], self.device, part, self._together)
+
+    def _maps(self, images: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        maps = self.reduction(self.layer.maps(images, active).detach(), self._half)
+        return spaced(unshuffle(maps) if self.downsample else maps, self.gap)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         if self.kept is not None:
             return self.kept[rows].to(self.dtype)
-        return self._maps(self.parent[rows].to(self.dtype), rows)
+        index = torch.arange(len(self), device=self.device)[rows] if isinstance(rows, slice) else rows
+        if len(index) <= self._together:
+            return self._read(rows)
+        # Larger batches are slower: on a CPU memory is mapped anew for each.
+        maps = torch.empty(len(index), *self.shape[1:], dtype=self.dtype, device=self.device)
+        for place in row_batches(len(index), 1, self._together):
+            maps[place] = self._read(index[place])
+        return maps
+
+    def _read(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Maps of a few samples, computed again."""
+        assert self._bits is not None
+        maps = self._maps(self.parent[rows].to(self.dtype), self._bits.rows(rows))
+        if self.dtype == torch.float64 and bool(self._unread[rows].any()):
+            geometry, pooling = self._next
+            self._cells[rows] = (_patch_squares(maps, geometry).sqrt() @ pooling.abs().T).square().sum(1)
+            self._unread[rows] = False
+        return maps
 
     def double(self) -> StageMaps:
         if self.dtype == torch.float64:
@@ -155,7 +176,17 @@ class StageMaps(ImageSource):
         That norm is the Frobenius norm of the matrix of sum_k |P_ak| ||x_ik||, over samples i and cells a, x_ik
         the patches of the next stage; the bound holds for its filter size and pooling. Zero for kept maps.
         """
-        return self.rounding_of_reader
+        if self.kept is not None:
+            return 0.0
+        unread = self._unread.nonzero()[:, 0]
+        for place in row_batches(len(unread), 1, self._together):
+            self.double()._read(unread[place])
+        geometry, pooling = self._next
+        # sum_k |P_ak| ||E_k|| <= ||P_a|| sqrt(s) ||E||_F for an error E of an image, E_k that of patch k.
+        wide = float(pooling.norm()) * math.sqrt(_patches_of_a_pixel(geometry))
+        largest = wide * float(self.errors.norm())
+        cells = float(self._cells.sum())
+        return 2 * largest / math.sqrt(cells) if cells > 0 else math.inf
 
     def tensors(self) -> Iterable[torch.Tensor]:
         parent = self.parent.tensors() if isinstance(self.parent, StageMaps) else (self.parent,)

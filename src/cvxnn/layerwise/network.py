@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cvxnn.errors import InvalidInputError
-from cvxnn.layerwise.reduction import Reduction, mirrored
-from cvxnn.layerwise.stage import GatedConvolution, PooledHead, pooled_outputs, unshuffle
+from cvxnn.layerwise.reduction import Reduction, mirrored, spaced
+from cvxnn.layerwise.stage import GatedConvolution, PooledHead, pooled_outputs
 from cvxnn.operators.base import row_batches
 
 __all__ = ["LayerwiseNetwork", "Standardizer", "TrainedStage", "outputs_in_batches"]
@@ -83,13 +83,13 @@ class Standardizer(nn.Module):
         values = values.to(self.dtype)
         return mirrored(values) if self.mirror else values
 
-    def all(self, images: torch.Tensor) -> torch.Tensor:
-        """All images, a part at a time."""
+    def all(self, images: torch.Tensor, gap: int = 0) -> torch.Tensor:
+        """All images, a part at a time, with so many rows of zeros between an image and its mirror image."""
         n, channels, height, width = images.shape
-        shape = (n, channels, 2 * height if self.mirror else height, width)
+        shape = (n, channels, (2 * height if self.mirror else height) + gap, width)
         out = torch.empty(shape, dtype=self.dtype, device=images.device)
         for rows in _image_batches(images):
-            out[rows] = self(images[rows])
+            out[rows] = spaced(self(images[rows]), gap)
         return out
 
     def black(self) -> torch.Tensor:
@@ -136,16 +136,18 @@ class TrainedStage(nn.Module):
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """What the next stage sees of images of this one."""
         layer = self.features
-        height, width = (side // 2 if layer.downsample else side for side in images.shape[2:])
-        return self.reduction(layer(images), self.reduction.half(layer.geometry, height, width))
+        images = layer.prepared(images)
+        height, width = images.shape[2:]
+        half = self.reduction.half(layer.geometry, height, width, layer.gap)
+        return self.reduction(layer.maps(images), half)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Outputs of the stage's own head, (n, c), from the images of the stage."""
+        """Outputs of the stage's own head, (n, c), from what :meth:`maps` of the stage before gives."""
         layer = self.convolution
         if layer.n_channels <= layer.gates.shape[1]:
             return self.head(layer(images))
         # With more columns than gates the pooled gated patches of (24) are fewer numbers than the maps.
-        return pooled_outputs(layer, self.head, unshuffle(images) if layer.downsample else images)
+        return pooled_outputs(layer, self.head, layer.prepared(images))
 
 
 class LayerwiseNetwork(nn.Module):
@@ -202,11 +204,12 @@ class LayerwiseNetwork(nn.Module):
             layer = stage.convolution
             if layer.downsample:
                 channels, height, width = 4 * channels, height // 2, width // 2
+            height += layer.gap
             grid = layer.geometry.grid(height, width)
             n_gates = layer.gates.shape[1]
             columns = max(stage.features.n_channels, min(layer.n_channels, n_gates)) + n_gates
             largest = max(largest, math.prod(grid) * (3 * columns + layer.filters.shape[1]))
-            height, width = stage.reduction.grid(layer.geometry, height, width)
+            height, width = stage.reduction.grid(layer.geometry, height, width, layer.gap)
             channels = stage.features.n_channels
         return 8 * largest
 

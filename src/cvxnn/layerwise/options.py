@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = [
     "read_sgd",
     "read_stages",
     "stage_shapes",
+    "with_gaps",
 ]
 
 METHODS = ("sgd", "convex")
@@ -36,7 +37,10 @@ _GATE_QUANTILE = 0.7
 
 @dataclass(frozen=True)
 class StageOptions:
-    """What one stage is; `number` counts from 1. Fields are those of :class:`LayerwiseCNNClassifier`."""
+    """What one stage is; `number` counts from 1. Fields are those of :class:`LayerwiseCNNClassifier`.
+
+    `gap`, the rows of zeros between an image and its mirror image, depends on the images: see :func:`with_gaps`.
+    """
 
     number: int
     n_gates: int
@@ -57,6 +61,7 @@ class StageOptions:
     output_bias: bool
     normalize: bool
     reduction: Reduction
+    gap: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,13 @@ class SgdOptions:
 
 @dataclass(frozen=True)
 class StageShape:
-    """Sizes of one stage: images (C, H, W) after downsampling, map, length of a patch, cells, columns, channels."""
+    """Sizes of one stage: images (C, H, W) after downsampling, rows of H that are the gap between an image and its
+    mirror image, map, length of a patch, cells, columns, channels."""
 
     channels: int
     height: int
     width: int
+    gap: int
     grid: tuple[int, int]
     length: int
     cells: int
@@ -234,26 +241,37 @@ def stage_shapes(stages: list[StageOptions], image_shape: Sequence[int], n_outpu
     """
     channels, height, width = (int(size) for size in image_shape)
     mirror = stages[0].reduction.mirror
-    height = 2 * height if mirror else height
+    copies = 2 if mirror else 1
+    height = copies * height
     shapes = []
     for stage in stages:
         if stage.downsample:
-            if height % (4 if mirror else 2) or width % 2:
+            if height % (2 * copies) or width % 2:
                 raise InvalidInputError(
-                    f"downsample has stage {stage.number}, whose maps are {height // 2 if mirror else height} x "
+                    f"downsample has stage {stage.number}, whose maps are {height // copies} x "
                     f"{width}; even sizes are wanted"
                 )
             channels, height, width = 4 * channels, height // 2, width // 2
+        gap = stage.reduction.gap(stage.geometry, height // copies)
+        height += gap
         grid = stage.geometry.grid(height, width)
-        if mirror and (height // 2) % stage.geometry.stride[0]:
-            raise InvalidInputError(
-                f"mirror=True needs strides that divide the {height // 2} rows of the images of stage {stage.number}"
-            )
-        cells = len(stage_pooling(stage.pooling, stage.geometry, height, width, mirror))
+        cells = len(stage_pooling(stage.pooling, stage.geometry, height, width, mirror, gap))
         length = stage.geometry.length(channels)
         rank = stage.rank if stage.method == "sgd" else min(length, cells * n_outputs)
         columns = rank * stage.n_gates
         out = columns if stage.width is None else min(stage.width, columns)
-        shapes.append(StageShape(channels, height, width, grid, length, cells, columns, out))
-        channels, (height, width) = out, stage.reduction.grid(stage.geometry, height, width)
+        shapes.append(StageShape(channels, height, width, gap, grid, length, cells, columns, out))
+        channels, (height, width) = out, stage.reduction.grid(stage.geometry, height, width, gap)
     return shapes
+
+
+def with_gaps(stages: list[StageOptions], image_shape: Sequence[int], n_outputs: int) -> list[StageOptions]:
+    """The stages with the gaps that they need for images (C, H, W).
+
+    Raises
+    ------
+    InvalidInputError
+        As :func:`stage_shapes`.
+    """
+    shapes = stage_shapes(stages, image_shape, n_outputs)
+    return [replace(stage, gap=sizes.gap) for stage, sizes in zip(stages, shapes, strict=True)]

@@ -40,7 +40,7 @@ def _pack_layer(layer: GatedConvolution, arrays: dict[str, np.ndarray], name: st
 
 
 def _unpack_layer(
-    arrays: dict[str, np.ndarray], name: str, geometry: PatchGeometry, downsample: bool
+    arrays: dict[str, np.ndarray], name: str, geometry: PatchGeometry, downsample: bool, gap: int
 ) -> GatedConvolution:
     filters = _tensor(arrays, f"{name}.filters", 2)
     gates = _tensor(arrays, f"{name}.gates", 2)
@@ -49,7 +49,7 @@ def _unpack_layer(
         raise ValueError(f"its arrays {name} do not fit each other")
     if int(index.min()) < 0 or int(index.max()) >= gates.shape[1]:
         raise ValueError(f"its array {name}.gate_index names gates that are not there")
-    return GatedConvolution(filters, gates, index, geometry, downsample)
+    return GatedConvolution(filters, gates, index, geometry, downsample, gap)
 
 
 def pack_stage(stage: TrainedStage, arrays: dict[str, np.ndarray], name: str) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def pack_stage(stage: TrainedStage, arrays: dict[str, np.ndarray], name: str) ->
     return {
         "geometry": stage.convolution.geometry.to_dict(),
         "downsample": stage.convolution.downsample,
+        "gap": stage.convolution.gap,
         "narrow": stage.narrow is not None,
         "reduction": dataclasses.asdict(stage.reduction),
     }
@@ -82,12 +83,16 @@ def unpack_stage(header: dict[str, Any], arrays: dict[str, np.ndarray], name: st
     filter_size, stride, padding = ((pair[0], pair[1]) for pair in pairs)
     geometry = PatchGeometry(filter_size, stride, padding, bool(facts["bias"]))
     downsample = bool(header["downsample"])
-    convolution = _unpack_layer(arrays, f"{name}.convolution", geometry, downsample)
+    # Networks of files that were written before there was a gap were trained without one.
+    gap = header.get("gap", 0)
+    if not isinstance(gap, int) or isinstance(gap, bool) or gap < 0:
+        raise ValueError(f"its gap is {gap!r}")
+    convolution = _unpack_layer(arrays, f"{name}.convolution", geometry, downsample, gap)
     weight, bias = _tensor(arrays, f"{name}.head.weight", 2), _tensor(arrays, f"{name}.head.bias", 1)
     pooling = _tensor(arrays, f"{name}.head.pooling", 2)
     if weight.shape != (convolution.n_channels * len(pooling), len(bias)):
         raise ValueError(f"its head has weights of shape {tuple(weight.shape)}")
-    narrow = _unpack_layer(arrays, f"{name}.features", geometry, downsample) if header["narrow"] else None
+    narrow = _unpack_layer(arrays, f"{name}.features", geometry, downsample, gap) if header["narrow"] else None
     reduced = header["reduction"]
     reduction = Reduction(bool(reduced["mirror"]), int(reduced["size"]), int(reduced["stride"]))
     if reduction.size < 1 or reduction.stride < 1:

@@ -37,7 +37,8 @@ class StageResult:
     channels : int
         Channels that the next stage sees.
     image_shape, map_shape : tuple of int
-        (C, H, W) of the images of the stage, after downsampling, and of its maps.
+        (C, H, W) of the images of the stage, after downsampling, and of its maps. With ``mirror=True`` H counts the
+        rows of both images and, in the first, those of the zeros between them.
     accuracy, validation_accuracy : float or None
         Of the stage's head on the training set without augmentation, and on the validation set.
     features : {"pooled", "convolved", "solver"}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cvxnn.layerwise.reduction import spaced
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.pooling import Support
 
@@ -57,6 +58,8 @@ class GatedConvolution(nn.Module):
     geometry : PatchGeometry
     downsample : bool
         Whether images are pixel-unshuffled by 2 first.
+    gap : int
+        Rows of zeros that are put between an image and its mirror image below it, after downsampling.
     """
 
     gates: torch.Tensor
@@ -69,6 +72,7 @@ class GatedConvolution(nn.Module):
         gate_index: torch.Tensor,
         geometry: PatchGeometry,
         downsample: bool = False,
+        gap: int = 0,
     ) -> None:
         super().__init__()
         used, index = torch.unique(gate_index, return_inverse=True)
@@ -76,7 +80,7 @@ class GatedConvolution(nn.Module):
         self.register_buffer("gates", gates.double()[:, used].contiguous())
         self.register_buffer("gate_index", index)
         self.geometry = geometry
-        self.downsample = downsample
+        self.downsample, self.gap = downsample, gap
 
     @property
     def n_channels(self) -> int:
@@ -85,10 +89,14 @@ class GatedConvolution(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps (n, r, H', W') of images (n, C, H, W), or (n, C, 2 H, 2 W) with downsampling."""
-        return self.maps(unshuffle(images) if self.downsample else images)
+        return self.maps(self.prepared(images))
+
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as they are convolved: downsampled, and with the gap."""
+        return spaced(unshuffle(images) if self.downsample else images, self.gap)
 
     def maps(self, images: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps (n, r, H', W') of images that are downsampled already.
+        """Maps (n, r, H', W') of images that are :meth:`prepared` already.
 
         Parameters
         ----------

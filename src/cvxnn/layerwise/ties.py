@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-from cvxnn.operators import CNNOperator
+from cvxnn.operators import PatchGeometry
 from cvxnn.operators.sources import ImageSource
 
 __all__ = ["gates_off_ties"]
@@ -20,7 +22,7 @@ _SHARE = 1e-3
 _LEFT_ACTIVE = 0.02
 
 
-def gates_off_ties(op: CNNOperator, images: torch.Tensor | ImageSource | None = None) -> np.ndarray | None:
+def gates_off_ties(gates: np.ndarray, geometry: PatchGeometry, images: torch.Tensor | ImageSource) -> np.ndarray | None:
     """Gates (h, P) with other thresholds where more than 0.1% of the patches are at one; None where none is moved.
 
     Images have patches that occur many times, such as those of an empty background. Where the quantile that a
@@ -29,24 +31,24 @@ def gates_off_ties(op: CNNOperator, images: torch.Tensor | ImageSource | None = 
 
     Parameters
     ----------
-    op : CNNOperator
-        With hidden biases; the last row of its gates holds the thresholds.
-    images : torch.Tensor or ImageSource of shape (n, C, H, W), optional
-        Of all samples, where the operator has a part of them.
+    gates : array of shape (h, P)
+        With hidden biases the last row holds the thresholds; without there are none to move.
+    geometry : PatchGeometry
+    images : torch.Tensor or ImageSource of shape (n, C, H, W)
+        Of all samples.
     """
-    assert op.gates is not None
-    if not op.geometry.bias:
+    if not geometry.bias:
         return None
-    patches = _some_patches(op, op.images if images is None else images)
+    patches = _some_patches(geometry, images)
     size = _MARGIN * float(patches.norm(dim=1).square().mean().sqrt())
-    moved = op.gates.copy()
-    for start in range(0, op.n_gates, 16):
-        gates = torch.from_numpy(op.gates[:, start : start + 16]).to(op.device)
-        values, margins = patches @ gates, size * gates.norm(dim=0)
+    moved = gates.copy()
+    for start in range(0, gates.shape[1], 16):
+        some = torch.from_numpy(gates[:, start : start + 16]).to(patches.device)
+        values, margins = patches @ some, size * some.norm(dim=0)
         tied = (values.abs() <= margins).double().mean(0)
         for k in torch.nonzero(tied > _SHARE).flatten().tolist():
             moved[-1, start + k] -= _shift(values[:, k], float(margins[k]))
-    return moved if (moved != op.gates).any() else None
+    return moved if (moved != gates).any() else None
 
 
 def _shift(values: torch.Tensor, margin: float) -> float:
@@ -57,20 +59,20 @@ def _shift(values: torch.Tensor, margin: float) -> float:
     return min(float(below.max()) / 2, -4 * margin) if len(below) > 0 else -4 * margin
 
 
-def _some_patches(op: CNNOperator, images: torch.Tensor | ImageSource) -> torch.Tensor:
+def _some_patches(geometry: PatchGeometry, images: torch.Tensor | ImageSource) -> torch.Tensor:
     """Patches of images that are spread over the data, in float64."""
     images = images if isinstance(images, torch.Tensor) else images.double()
     rng = np.random.default_rng(0)
-    h = op.block_shape[1]
+    h, n_patches = geometry.length(images.shape[1]), math.prod(geometry.grid(*images.shape[2:]))
     wanted = min(_PATCHES, _NUMBERS // h)
-    n = min(len(images), max(1, 4 * wanted // op.n_patches))
+    n = min(len(images), max(1, 4 * wanted // n_patches))
     chosen = np.sort(rng.permutation(len(images))[:n])
-    each = min(op.n_patches, -(-wanted // n))
-    together = max(1, _NUMBERS // (4 * op.n_patches * h))
+    each = min(n_patches, -(-wanted // n))
+    together = max(1, _NUMBERS // (4 * n_patches * h))
     parts = []
     for index in np.array_split(chosen, -(-n // together)):
-        found = op.geometry(images[torch.from_numpy(index).to(op.device)].double())
-        place = rng.random((len(index), op.n_patches)).argsort(1)[:, :each]
-        rows = torch.from_numpy(place).to(op.device).unsqueeze(2).expand(-1, -1, found.shape[2])
+        found = geometry(images[torch.from_numpy(index).to(images.device)].double())
+        place = rng.random((len(index), n_patches)).argsort(1)[:, :each]
+        rows = torch.from_numpy(place).to(images.device).unsqueeze(2).expand(-1, -1, found.shape[2])
         parts.append(torch.gather(found, 1, rows).flatten(0, 1))
     return torch.cat(parts)

@@ -98,6 +98,7 @@ class CNNOperator(Operator):
             )
         self.bits = bits
         self._kept: torch.Tensor | None = None
+        self._norms: torch.Tensor | None = None
         self._last: tuple[slice, torch.Tensor] | None = None
         self._groups: GateGroups | None = None
 
@@ -156,7 +157,10 @@ class CNNOperator(Operator):
         if not self.cached:
             return self._pooled(rows)
         if self._kept is None:
-            self._kept = self._pooled(slice(0, self.n_samples))
+            if self.dtype == torch.float64:
+                # The patches are at hand; images can take long to read.
+                self._norms = self.pooling.new_empty(self.n_samples, self.width)
+            self._kept = self._pooled(slice(0, self.n_samples), self._norms)
         return self._kept[rows]
 
     def _pooled_of(self, groups: GateGroups, rows: slice) -> torch.Tensor:
@@ -169,20 +173,22 @@ class CNNOperator(Operator):
             Phi = self._last[1]
         return Phi[:, :, groups.gates] if groups.some_of(self.n_gates) else Phi
 
-    def _pooled(self, rows: slice) -> torch.Tensor:
-        """Phi, formed a batch at a time."""
+    def _pooled(self, rows: slice, norms: torch.Tensor | None = None) -> torch.Tensor:
+        """Phi, formed a batch at a time; `norms` (n, a) takes in what :attr:`_cell_norms` begins with."""
         start, stop, _ = rows.indices(self.n_samples)
         size = self._batches[0].stop
         parts = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
         if len(parts) == 1:
-            return self._pooled_at_once(rows)
+            return self._pooled_at_once(rows, norms)
         Phi = self.pooling.new_empty(stop - start, self.width, self.n_gates, self.block_shape[1], dtype=self.dtype)
         for part in parts:
-            Phi[part.start - start : part.stop - start] = self._pooled_at_once(part)
+            Phi[part.start - start : part.stop - start] = self._pooled_at_once(part, norms)
         return Phi
 
-    def _pooled_at_once(self, rows: slice) -> torch.Tensor:
+    def _pooled_at_once(self, rows: slice, norms: torch.Tensor | None = None) -> torch.Tensor:
         patches = self.geometry(self.images[rows])
+        if norms is not None:
+            norms[rows] = patches.norm(dim=2) @ self.pooling.abs().T
         weights = self._support.weights.to(self.dtype).unsqueeze(2)
         weighted = patches[:, self._support.index].mul_(weights)
         if self.bits is None:
@@ -297,10 +303,14 @@ class CNNOperator(Operator):
     @cached_property
     def _cell_norms(self) -> torch.Tensor:
         """|P_a| times the norms of the patches, (n, a) in float64: bounds of the rows of every Phi_ik."""
-        pool = self.pooling.abs()
-        norms = pool.new_empty(self.n_samples, self.width)
-        for rows in self._batches:
-            norms[rows] = self.geometry(self.images[rows].double()).norm(dim=2) @ pool.T
+        if self.cached and self.dtype == torch.float64:
+            self.pooled(slice(0))
+        norms = self._norms
+        if norms is None:
+            pool = self.pooling.abs()
+            norms = pool.new_empty(self.n_samples, self.width)
+            for rows in self._batches:
+                norms[rows] = self.geometry(self.images[rows].double()).norm(dim=2) @ pool.T
         return norms * (1 + 4 * self.n_patches * torch.finfo(torch.float64).eps)
 
     @property

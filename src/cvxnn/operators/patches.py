@@ -56,7 +56,11 @@ class PatchGeometry:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """The patches (n, K, h) of images (n, channels, H, W)."""
-        columns = functional.unfold(images, self.filter_size, padding=self.padding, stride=self.stride)
+        if self.filter_size == self.stride == (1, 1) and self.padding == (0, 0):
+            # As unfold, which copies them in another order first.
+            columns = images.flatten(2)
+        else:
+            columns = functional.unfold(images, self.filter_size, padding=self.padding, stride=self.stride)
         n, h, n_patches = columns.shape
         patches = images.new_empty(n, n_patches, h + self.bias)
         patches[:, :, :h] = columns.mT

@@ -46,6 +46,10 @@ class PatchBits:
         """The patterns of some samples."""
         return PatchBits(self.data[rows], self.n_gates)
 
+    def first(self, n_gates: int) -> PatchBits:
+        """The patterns of the first gates, without a copy."""
+        return PatchBits(self.data if self.packed else self.data[:, :, :n_gates], n_gates)
+
     def select(self, gates: torch.Tensor) -> PatchBits:
         """The patterns of some gates."""
         if not self.packed:

@@ -13,7 +13,7 @@ from cvxnn.operators import FEATURES, CNNOperator, Operator, PatchGeometry, Shar
 from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
 from cvxnn.problem import Problem
-from cvxnn.problems.patch_gates import choose_patch_gates
+from cvxnn.problems.patch_gates import PatchGates, choose_patch_gates
 from cvxnn.problems.task import read_task
 from cvxnn.validation import as_images, check_choice, check_pair, check_range
 
@@ -66,10 +66,11 @@ def cnn_problem(
     pooling : int, pair of int, or array-like of shape (a, K)
         An output grid, as in adaptive average pooling ((1, 1) is global average pooling), or any matrix P_a over
         the K positions of the map in row-major order.
-    gates : array-like of shape (h, P), "enumerate" or None
+    gates : array-like of shape (h, P), PatchGates, "enumerate" or None
         Gate vectors over patches of length h = channels * height * width of the filter (channel by channel, as in
         ``torch.nn.functional.unfold``), plus 1 with `hidden_bias`; kept in order and number. "enumerate" takes one
-        for every open cell of the arrangement of all patches (small rank only); None draws `n_gates`.
+        for every open cell of the arrangement of all patches (small rank only); None draws `n_gates`. PatchGates, of
+        :func:`cvxnn.problems.patch_gates.choose_patch_gates`, hold the patterns on these images as well.
     n_gates : int
         Number of draws; equal patterns are merged and patterns without an active patch dropped.
     beta, loss, reduction, norms, sample_weight
@@ -143,9 +144,11 @@ def cnn_problem(
     arguments = held, task.n_outputs, geometry, pool
     if not task.gated(gates):
         return task.problem(_shared(CNNOperator(*arguments, features=features), tensor), "linear_network")
-    found = choose_patch_gates(
-        tensor, geometry, gates, n_gates, gate_sampling, gate_quantile, max_cells, random_state, activation
-    )
+    found = gates
+    if not isinstance(found, PatchGates):
+        found = choose_patch_gates(
+            tensor, geometry, gates, n_gates, gate_sampling, gate_quantile, max_cells, random_state, activation
+        )
     operator = CNNOperator(*arguments, found.gates, found.bits, activation, features)
     return task.problem(_shared(operator, tensor), found.scope, found.coverage)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
 from cvxnn.operators.shared_images import SharedImages
 from cvxnn.operators.sources import ImageSource
-from cvxnn.patterns import Coverage, PatchBits, patch_bits
+from cvxnn.patterns import Coverage, PatchBits, activation_patterns, patch_bits
 from cvxnn.patterns.activation import pack_columns
 from cvxnn.problems.distinct import distinct_everywhere
 
@@ -53,6 +53,7 @@ def choose_patch_gates(
     max_cells: int | None,
     random_state: Any,
     activation: str,
+    adjust: Callable[[np.ndarray], np.ndarray | None] | None = None,
 ) -> PatchGates:
     """Gate vectors, their patterns on all patches, and the scope that they give.
 
@@ -60,6 +61,9 @@ def choose_patch_gates(
     ----------
     images : torch.Tensor or ImageSource of shape (n, channels, H, W)
         Those that are shared out to processes are read by all of them at the same time.
+    adjust : callable, optional
+        From drawn gates (h, P) to those that are used in their place, None where these are the same. It looks at each
+        gate by itself; which of them are merged is decided by the patterns of those that were drawn.
 
     Notes
     -----
@@ -85,6 +89,9 @@ def choose_patch_gates(
         chosen = choose_gates(
             X, gates, n_gates, geometry.bias, gate_sampling, gate_quantile, max_cells, random_state, activation
         )
+        moved = None if adjust is None or gates is not None else adjust(chosen.gates)
+        if moved is not None:
+            chosen = replace(chosen, gates=moved, patterns=activation_patterns(X, moved))
         data = torch.from_numpy(chosen.patterns).view(n, n_patches, -1)[own].to(images.device)
         return PatchGates(chosen.gates, PatchBits(data, data.shape[2]), chosen.scope, chosen.coverage)
     if isinstance(gates, str):
@@ -99,20 +106,34 @@ def choose_patch_gates(
     found, scope = draw_gates(
         sample.cpu().numpy(), gates, n_gates, geometry.bias, gate_sampling, gate_quantile, random_state
     )
+    moved = None if adjust is None or gates is not None else adjust(found)
+    n_drawn = found.shape[1]
+    place = np.arange(n_drawn)
+    if moved is not None:
+        # Both are looked at in one pass: images can take long to read.
+        changed = np.flatnonzero((moved != found).any(axis=0))
+        place[changed] = n_drawn + np.arange(len(changed))
+        found = np.concatenate([found, moved[:, changed]], axis=1)
     vectors = torch.from_numpy(found).to(images.device)
     size = 8 * n_patches * (2 * geometry.length(images.shape[1]) + 2 * found.shape[1])
     batches = row_batches(len(held), size, _BATCH_BYTES)
     bits = patch_bits(len(held), patches, vectors, batches[0].stop)
     if gates is not None:
         return PatchGates(found, bits, scope)
+
+    def informative(rows: slice) -> torch.Tensor:
+        if geometry.bias:
+            return torch.ones(rows.stop - rows.start, n_patches, dtype=torch.bool, device=images.device)
+        return patches(rows).any(2)
+
     distinct = distinct_everywhere if isinstance(images, SharedImages) else distinct_gates
-    kept = distinct(bits, lambda rows: patches(rows).any(2), batches)
+    kept = distinct(bits.first(n_drawn), informative, batches)
     if len(kept) == found.shape[1]:
         return PatchGates(found, bits, scope)
     if len(kept) == 0:
-        raise InvalidInputError(f"none of the {found.shape[1]} gates is active on any patch; draw more gates")
-    bits = bits.select(torch.from_numpy(kept).to(images.device))
-    return PatchGates(np.ascontiguousarray(found[:, kept]), bits, scope)
+        raise InvalidInputError(f"none of the {n_drawn} gates is active on any patch; draw more gates")
+    bits = bits.select(torch.from_numpy(place[kept]).to(images.device))
+    return PatchGates(np.ascontiguousarray(found[:, place[kept]]), bits, scope)
 
 
 def _drawn_patches(
