@@ -17,19 +17,22 @@ import torch
 
 import cvxnn
 from cvxnn import distributed
-from cvxnn.solvers import checkpoint
+from cvxnn.solvers import checkpoint, iterative_ridge, sides
 from tests.helpers import make_data, process_context
 
 Task = Callable[..., dict[str, Any]]
 
 SOLVERS = {
     "admm": {"max_iter": 25, "solver_options": {"side": "features"}},
+    "admm, iterative": {"max_iter": 25, "solver_options": {"side": "iterative"}},
     "fista": {"max_iter": 20},
     "bm_gd": {"max_iter": 30},
     "bm_noisy_gd": {"max_iter": 10},
     "bm_sgd": {"max_iter": 3, "solver_options": {"batch_size": 32}},
     "bm_lbfgs": {"max_iter": 2, "solver_options": {"inner_iter": 15}},
 }
+#: So few that conjugate gradients need several steps.
+LANDMARKS = 80
 SETTINGS = {
     "squared": {"loss": "squared", "output_bias": False},
     "bias": {"loss": "squared", "output_bias": True, "hidden_bias": True},
@@ -76,10 +79,11 @@ def facts(problem: cvxnn.Problem, result: cvxnn.Result) -> dict[str, Any]:
 def solvers(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     """All solvers on all settings."""
     found: dict[str, Any] = {}
+    iterative_ridge._LANDMARKS = LANDMARKS
     for kind, setting in CASES:
         problem = problem_of(folder, kind, setting)
         for name, options in SOLVERS.items():
-            result = cvxnn.solve(problem, name, random_state=0, tol=1e-9, **options)
+            result = cvxnn.solve(problem, name.split(",")[0], random_state=0, tol=1e-9, **options)
             found[f"{kind} {setting} {name}"] = facts(problem, result)
     images = np.random.default_rng(0).standard_normal((41, 2, 5, 5))
     problem = cvxnn.cnn_problem(
@@ -135,6 +139,23 @@ def refused(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     return found
 
 
+def short(group: distributed.Group, folder: Path) -> dict[str, Any]:
+    """The second process alone has too little memory for the Gram matrix."""
+    problem = problem_of(folder, "disk", "squared")
+    iterative_ridge._LANDMARKS = LANDMARKS
+    gram, columns = (sides.factor_bytes(problem, side, 10) for side in ("features", "iterative"))
+    assert columns < gram
+    between = group.size * (gram + columns) / (2 * sides.SHARE)
+    sides.available_bytes = lambda device: (group.rank == 0) * 2**40 + int(between)
+    found = {"chosen": cvxnn.solvers.api.choose_solver(problem), "side": sides.choose_side(problem, 10)}
+    sides.available_bytes = lambda device: (group.rank == 0) * 2**40 + columns
+    found["fista"] = cvxnn.solvers.api.choose_solver(problem)
+    ridge = sides.make_ridge("iterative", problem.operator, problem.weights, False)
+    rows = len(ridge._low_rank), len(ridge.x)  # type: ignore[attr-defined]
+    assert rows == (len(range(problem.n_samples)[group.share(problem.n_samples)]),) * 2
+    return found
+
+
 def slow(problem: cvxnn.Problem, **options: Any) -> cvxnn.Result:
     """A run of 30 epochs of three batches, with a checkpoint after each epoch in processes of their own."""
     settings = {"max_iter": 30, "random_state": 0, "tol": 1e-12, "solver_options": {"batch_size": 64}}
@@ -177,8 +198,8 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 def others(group: distributed.Group, folder: Path) -> dict[str, Any]:
-    """Two tasks, one after the other."""
-    return {"seeds": seeds(group, folder), "refused": refused(group, folder)}
+    """Several tasks, one after the other."""
+    return {"seeds": seeds(group, folder), "refused": refused(group, folder), "short": short(group, folder)}
 
 
 def main(

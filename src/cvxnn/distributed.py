@@ -23,6 +23,9 @@ __all__ = ["SHARDS", "TIMEOUT", "Group", "alone", "common_seed", "current_group"
 #: Seconds that a process waits for the others by default.
 TIMEOUT = 45.0
 
+#: Bytes up to which tensors are put together to be sent.
+_SMALL = 2**20
+
 #: What can be shared out.
 SHARDS = ("samples", "gates")
 
@@ -38,6 +41,8 @@ class Group:
         Number of this process, from 0.
     size : int
         Number of processes.
+    size_here : int
+        Number of processes on this machine.
     shard : {"samples", "gates"}
         What of a problem is shared out.
     device : torch.device
@@ -51,6 +56,8 @@ class Group:
     def __init__(self, device: torch.device, shard: str = "samples") -> None:
         self.shard = shard
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # torchrun says how many are here; processes that are started otherwise are taken to be on one machine.
+        self.size_here = min(self.size, max(1, int(os.environ.get("LOCAL_WORLD_SIZE", self.size))))
         self.device = device
         self.seconds, self.sent = 0.0, 0
 
@@ -82,8 +89,17 @@ class Group:
 
     def add_up(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over the processes, which is the same in all of them to the last bit."""
-        for dtype in {tensor.dtype: None for tensor in tensors}:
-            some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        few: list[torch.Tensor] = []
+        for tensor in tensors:
+            # Large ones are sent as they are, without a copy.
+            alone = tensor.numel() * tensor.element_size() > _SMALL and tensor.device == self.device
+            if alone and tensor.is_contiguous():
+                with self._exchange(tensor.numel() * tensor.element_size()):
+                    dist.all_reduce(tensor)
+            else:
+                few.append(tensor)
+        for dtype in {tensor.dtype: None for tensor in few}:
+            some = [tensor for tensor in few if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in some]).to(self.device)
             with self._exchange(flat.numel() * flat.element_size()):
                 dist.all_reduce(flat)

@@ -13,6 +13,7 @@ from cvxnn.errors import UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.iterative_ridge import IterativeRidge
 from cvxnn.solvers.ridge import FeatureRidge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_integer, check_positive
@@ -89,7 +90,7 @@ class Admm(Solver):
             side = choose_side(problem, self.options.memory)
         if side == "iterative" and not self.op.has_kernel_columns:
             raise UnsupportedError(
-                "side='iterative' needs columns of the kernel, which are there for perceptrons with X in memory only; "
+                "side='iterative' needs columns of the kernel, which are there for perceptrons only; "
                 "use 'samples' or 'features'"
             )
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
@@ -220,6 +221,8 @@ class Admm(Solver):
             return Iterate(self.W, dual=self.sigma * self.S)
         if self.residual is None and isinstance(self.ridge, FeatureRidge):
             self.residual = self.ridge.residual(self._last_Z, self.problem.Y)
+        if self.residual is None and isinstance(self.ridge, IterativeRidge):
+            self.residual = self.ridge.last_residual()
         return Iterate(self.W, dual=None if self.residual is None else -self.residual)
 
     def estimated_gap(self) -> float | None:

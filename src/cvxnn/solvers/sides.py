@@ -34,7 +34,7 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
     """Memory of the matrices on a side, and of the acceleration of a length."""
     op = problem.operator
     if side == "iterative":
-        numbers = n_landmarks(op.n_samples) * (op.n_samples + 4 * n_landmarks(op.n_samples))
+        numbers = n_landmarks(op.n_samples) * (op.local.n_samples + 4 * n_landmarks(op.n_samples))
     else:
         numbers = 2 * (op.n_samples if side == "samples" else op.n_features) ** 2
     unknowns = op.n_features * op.n_outputs + (0 if problem.loss.name == "squared" else problem.Y.numel())
@@ -42,8 +42,13 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
 
 
 def fits(problem: Problem, side: str, memory: int) -> bool:
-    """Whether a side fits in the memory that is free."""
-    return factor_bytes(problem, side, memory) <= SHARE * available_bytes(problem.device)
+    """Whether a side fits in the memory that is free, for each of several processes."""
+    group, free = problem.operator.group, SHARE * available_bytes(problem.device)
+    needed = factor_bytes(problem, side, memory)
+    if group is None:
+        return needed <= free
+    beside = group.size_here if problem.device.type == "cpu" else 1
+    return not group.any(needed * beside > free)
 
 
 def choose_side(problem: Problem, memory: int) -> str:
