@@ -113,6 +113,15 @@ class Operator(ABC):
         """Add up what every process has of sums over the gates."""
         return list(values)
 
+    def largest_over_gates(self, value: float) -> float:
+        """The largest of what every process has of a maximum over the gates."""
+        return value
+
+    @property
+    def counts_common(self) -> bool:
+        """Whether this process adds what all of them have to sums that go over the gates of all."""
+        return True
+
     def all_gates(self, part: torch.Tensor) -> torch.Tensor:
         """Rows of all gates, in order, from those of the gates of this process; as many for each gate."""
         return part

@@ -20,7 +20,8 @@ SHARE = 0.8
 def cheaper_side(operator: Operator, constant_target: bool, iterations: int = 150) -> str:
     """The side, "samples" or "features", on which ADMM needs fewer floating-point operations."""
     if not operator.has_rows:
-        return "features"
+        # The Gram matrix is a sum over the samples, the kernel one over the gates.
+        return "samples" if operator.shares_gates else "features"
     n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
     passes = 4.0 * n * features * c
     samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
