@@ -17,6 +17,7 @@ import torch
 
 import cvxnn
 from cvxnn import distributed
+from cvxnn.operators import sharded
 from cvxnn.solvers import checkpoint, iterative_ridge, sides
 from tests.helpers import make_data, process_context
 
@@ -150,6 +151,12 @@ def short(group: distributed.Group, folder: Path) -> dict[str, Any]:
     found = {"chosen": cvxnn.solvers.api.choose_solver(problem), "side": sides.choose_side(problem, 10)}
     sides.available_bytes = lambda device: (group.rank == 0) * 2**40 + columns
     found["fista"] = cvxnn.solvers.api.choose_solver(problem)
+    # The chosen samples are sent around a few at a time.
+    sharded._SENT_BYTES = 1000
+    few = problem.operator.kernel_columns(torch.arange(0, problem.n_samples, 7))
+    sharded._SENT_BYTES = 2**27
+    at_once = problem.operator.kernel_columns(torch.arange(0, problem.n_samples, 7))
+    torch.testing.assert_close(few, at_once, rtol=1e-14, atol=1e-14)
     ridge = sides.make_ridge("iterative", problem.operator, problem.weights, False)
     rows = len(ridge._low_rank), len(ridge.x)  # type: ignore[attr-defined]
     assert rows == (len(range(problem.n_samples)[group.share(problem.n_samples)]),) * 2

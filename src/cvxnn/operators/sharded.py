@@ -161,17 +161,24 @@ class ShardedOperator(Operator):
         places = torch.full((self.n_samples,), -1, device=self.device)
         places[own] = torch.arange(len(own), device=self.device)
         places = places[chosen]
-        columns = torch.empty(len(own), len(chosen), dtype=self.dtype, device=self.device)
         known = self.block_shape[1] + self.n_gates
-        for some in row_batches(len(chosen), known * columns.element_size(), _SENT_BYTES):
-            mine = places[some] >= 0
-            samples = []
-            for part in self._local.kernel_samples(places[some][mine]):
-                samples.append(part.new_zeros(len(mine), *part.shape[1:]))
-                samples[-1][mine] = part
-            self._group.add_up(*samples)
-            columns[:, some] = self._local.kernel_with(tuple(samples))
+        batches = row_batches(len(chosen), known * self.dtype.itemsize, _SENT_BYTES)
+        if len(batches) == 1:
+            return self._local.kernel_with(self._samples_everywhere(places))
+        columns = torch.empty(len(own), len(chosen), dtype=self.dtype, device=self.device)
+        for some in batches:
+            columns[:, some] = self._local.kernel_with(self._samples_everywhere(places[some]))
         return columns
+
+    def _samples_everywhere(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the kernel needs to know of some samples, given where they are in this process, or -1."""
+        mine = places >= 0
+        samples = []
+        for part in self._local.kernel_samples(places[mine]):
+            samples.append(part.new_zeros(len(mine), *part.shape[1:]))
+            samples[-1][mine] = part
+        self._group.add_up(*samples)
+        return tuple(samples)
 
     def _no_rows(self) -> UnsupportedError:
         return UnsupportedError("the samples are shared out to several processes, and this needs all of them in one")

@@ -218,11 +218,11 @@ class Admm(Solver):
     def _adapt(self) -> None:
         """Change penalties whose primal and dual residuals are far apart."""
         blocks = self._last_Z, self.W, self._last_Z - self.W, self.W - self._last_W, self.U
-        rho_factor = _balance(*self._lengths(*blocks), self.tolerated)
+        rho_factor = _balance(self._lengths(*blocks), self.tolerated)
         sigma_factor = 1.0
         if not self.squared:
             outputs = self._last_predictions, self.T, self._last_predictions - self.T, self.T - self._last_T, self.S
-            sigma_factor = _balance(*(float(torch.linalg.vector_norm(part)) for part in outputs), self.tolerated)
+            sigma_factor = _balance([float(torch.linalg.vector_norm(part)) for part in outputs], self.tolerated)
         if rho_factor == 1.0 and sigma_factor == 1.0:
             return
         self.rho *= rho_factor
@@ -308,8 +308,9 @@ class Admm(Solver):
             self.ridge.load_state(parts["ridge"])
 
 
-def _balance(Z: float, W: float, apart: float, moved: float, multiplier: float, tolerated: float) -> float:
+def _balance(lengths: list[float], tolerated: float) -> float:
     """Factor for a penalty from the lengths of Z, W, Z - W, the change of W, and U; 1 where they are balanced."""
+    Z, W, apart, moved, multiplier = lengths
     size = max(Z, W)
     if size == 0 or multiplier == 0:
         return 1.0

@@ -154,7 +154,7 @@ def _nystrom(operator: Operator, weights: torch.Tensor) -> torch.Tensor:
     core = torch.zeros(len(chosen), len(chosen), dtype=torch.float64, device=columns.device)
     core[places >= 0] = columns[places[places >= 0]].double()
     operator.summed(0.0, core)
-    core = (core + core.T) / 2
+    core = (core + core.T).div_(2)
     # Rounding of the columns is what limits the smallest eigenvalues.
     jitter = 10 * len(core) * torch.finfo(columns.dtype).eps * float(core.diagonal().mean())
     factor = cholesky(lambda system: system.mT.copy_(core), max(jitter, torch.finfo(core.dtype).tiny), core.clone().mT)
