@@ -192,6 +192,41 @@ def faulty(group: distributed.Group | None, folder: Path, number: int, victim: i
     return {}
 
 
+def broken(group: distributed.Group, folder: Path, kind: str) -> dict[str, Any]:
+    """One process has an error of its own in its 50th gradient."""
+    problem = problem_of(folder, "memory", "bias")
+    if group.rank == 1:
+        adjoint = type(problem.operator.plain).adjoint
+        calls = [0]
+
+        def fails(self: Any, L: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 50:
+                raise getattr(torch.linalg, kind, RuntimeError)("a matrix is singular\nand more")
+            return adjoint(self, L)
+
+        type(problem.operator.plain).adjoint = fails  # type: ignore[method-assign]
+    begin = time.perf_counter()
+    try:
+        cvxnn.solve(problem, "fista", tol=1e-12, max_iter=500, checkpoint=folder / "run.safetensors")
+    except cvxnn.errors.DistributedError as error:
+        return {"error": str(error), "seconds": time.perf_counter() - begin}
+    return {}
+
+
+def outside(rank: int, place: str, folder: Path, victim: int) -> None:
+    """The rows of one process hold a number that is not finite; its error ends the other."""
+    X, labels = data(folder, "memory")
+    X[-1 if victim else 1] = np.nan
+    np.save(folder / f"bad-{rank}.npy", X)
+    on_disk = np.load(folder / f"bad-{rank}.npy", mmap_mode="r")
+    try:
+        with distributed.start(init_method=place, rank=rank, size=2, timeout=30):
+            cvxnn.mlp_problem(on_disk, labels, n_gates=5)
+    except cvxnn.errors.CvxnnError as error:
+        (folder / f"outside-{rank}.json").write_text(json.dumps([type(error).__name__, str(error)]))
+
+
 def resumed(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     """The run goes on from its checkpoint."""
     problem = problem_of(folder, "disk", "bias")
