@@ -1,8 +1,10 @@
 """Problems shared out to processes: the same result, the time in communication, and the memory of each process.
 
-``python benchmarks/processes.py --sizes 1 2`` starts the processes itself, each of one thread, and writes a table of
-each task as Markdown. A task runs in processes of its own, so that its peak memory is its own: the most that was
-resident, above what was resident before the data were read. Data are memory maps, whose pages do not count.
+``python benchmarks/processes.py`` starts the processes itself, each of one thread, and prints a row of a Markdown
+table for each task and number of processes as soon as it is there. ``--write FILE`` puts the table into a page, in
+place of the one that is there. A task runs in processes of its own, so that its peak memory is its own: the most that
+was resident, above what was resident before the data were read. Data are memory maps, whose pages do not count, and
+what is freed is given back to the system at once.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
@@ -25,15 +28,28 @@ from cvxnn import distributed
 
 #: Solver, its options, and what is shared out.
 TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "admm": ("admm", {"max_iter": 100, "solver_options": {"side": "features"}}, "samples"),
-    "fista": ("fista", {"max_iter": 20}, "samples"),
-    "bm_lbfgs": ("bm_lbfgs", {"max_iter": 1, "rank": 2, "solver_options": {"inner_iter": 20}}, "samples"),
-    "bm_sgd": ("bm_sgd", {"max_iter": 1, "rank": 2, "solver_options": {"batch_size": 1024}}, "samples"),
+    "`admm`, Gram matrix": ("admm", {"max_iter": 60, "solver_options": {"side": "features"}}, "samples"),
+    "`admm`, no matrix": ("admm", {"max_iter": 20, "solver_options": {"side": "iterative"}}, "samples"),
+    "`fista`": ("fista", {"max_iter": 30}, "samples"),
+    "`bm_lbfgs`": ("bm_lbfgs", {"max_iter": 1, "rank": 2, "solver_options": {"inner_iter": 30}}, "samples"),
+    "`bm_sgd`": ("bm_sgd", {"max_iter": 3, "rank": 2, "solver_options": {"batch_size": 256}}, "samples"),
     "layerwise, sgd": ("layerwise", {"method": "sgd", "epochs": 2, "batch_size": 256}, "samples"),
     "layerwise, convex": ("layerwise", {"method": "convex", "max_iter": 60, "pooling": 1, "beta": 1e-2}, "samples"),
-    "gates, fista": ("fista", {"max_iter": 20}, "gates"),
-    "gates, bm_gd": ("bm_gd", {"max_iter": 20, "rank": 2}, "gates"),
+    "gates, `admm`": ("admm", {"max_iter": 10, "solver_options": {"side": "samples"}}, "gates"),
+    "gates, `fista`": ("fista", {"max_iter": 10}, "gates"),
+    "gates, `bm_gd`": ("bm_gd", {"max_iter": 20, "rank": 2}, "gates"),
 }
+
+#: Before the processes start: one thread each, and no memory that is kept when it is free.
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+}
+COLUMNS = (
+    *("Task", "Processes", "Seconds", "In communication", "Sent, MiB", "Peak memory of each, MiB"),
+    *("Objective off by", "Bound off by", "Outputs off by"),
+)
 
 
 def resident() -> float:
@@ -121,29 +137,62 @@ def run(name: str, size: int, n_gates: int, folder: Path) -> list[dict[str, Any]
         one.start()
     for one in processes:
         one.join()
+    if any(one.exitcode for one in processes):
+        raise SystemExit(f"{name}: processes ended with {[one.exitcode for one in processes]}")
     places = [folder / f"{size}-{list(TASKS).index(name)}-{rank}.json" for rank in range(size)]
     return [json.loads(place.read_text()) for place in places]
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, float]:
-    """The larger relative difference of objective and lower bound, and that of outputs to the largest output."""
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[float]:
+    """Relative differences of objective and lower bound, and that of outputs to the largest output."""
     a, b = np.array(found["numbers"]), np.array(wanted["numbers"])
-    return float(np.abs(a / b - 1)[:2].max()), float(np.abs(a - b)[2:].max() / np.abs(b[2:]).max())
+    outputs = np.abs(a - b)[2:].max() / max(np.abs(b[2:]).max(), np.finfo(float).tiny)
+    return [*(abs(x - y) / max(abs(y), 1e-300) for x, y in zip(a[:2], b[:2], strict=True)), float(outputs)]
+
+
+def row_of(task: str, size: int, found: list[dict[str, Any]], first: dict[str, Any]) -> dict[str, Any]:
+    """What a row of the table says: the longest communication, the most memory, the largest differences to `first`."""
+    slowest = max(found, key=lambda one: one["communication"])
+    off = [max(values) for values in zip(*(differences(one, first) for one in found), strict=True)]
+    memory = max(one["memory"] for one in found)
+    numbers = [slowest["seconds"], slowest["communication"], slowest["sent"], memory, *off]
+    return dict(zip(COLUMNS, [task, size, *numbers], strict=True))
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row as Markdown."""
+    task, size, seconds, communication, sent, memory, *off = row.values()
+    apart = ["" if size == 1 else f"{value:.0e}" for value in off]
+    cells = [task, str(size), f"{seconds:.1f}", f"{100 * communication:.0f}%", f"{sent:.1f}", f"{memory:.0f}", *apart]
+    return f"| {' | '.join(cells)} |"
+
+
+def put_into(page: Path, lines: list[str]) -> None:
+    """Write a table into a page, in place of the one with the same first column, or as a page of its own."""
+    old = page.read_text().split("\n") if page.exists() else []
+    begin = next((i for i, line in enumerate(old) if line.startswith(f"| {COLUMNS[0]} |")), len(old))
+    end = begin
+    while end < len(old) and old[end].startswith("|"):
+        end += 1
+    page.write_text("\n".join([*old[:begin], *lines, *old[end:]] if old else [*lines, ""]))
 
 
 def main() -> None:
     """Start the processes, and print what they found."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=60_000)
-    parser.add_argument("--features", type=int, default=200)
-    parser.add_argument("--gates", type=int, default=1000, help="of the tasks that share gates out")
-    parser.add_argument("--gated-samples", type=int, default=5000, help="of the tasks that share gates out")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 2], help="numbers of processes")
+    parser.add_argument("--samples", type=int, default=24_000)
+    parser.add_argument("--features", type=int, default=100)
+    parser.add_argument("--gates", type=int, default=3000, help="of the tasks that share gates out")
+    parser.add_argument("--gated-samples", type=int, default=1000, help="of the tasks that share gates out")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     arguments = parser.parse_args()
-    columns = ["Task", "Processes", "Seconds", "In communication", "Sent, MiB", "Peak memory of each, MiB"]
-    columns += ["Objective and bound off by", "Outputs off by"]
-    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
+    os.environ.update(ENVIRONMENT)
+    lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
+    print("\n".join(lines), flush=True)
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store(folder, arguments.samples, arguments.features, arguments.gated_samples)
@@ -152,14 +201,13 @@ def main() -> None:
             for size in arguments.sizes:
                 found = run(task, size, arguments.gates, folder)
                 first = first or found[0]
-                off = [max(values) for values in zip(*(differences(one, first) for one in found), strict=True)]
-                row = max(found, key=lambda one: one["communication"])
-                memory = max(one["memory"] for one in found)
-                print(
-                    f"| {task} | {size} | {row['seconds']:.1f} | {100 * row['communication']:.0f}% | "
-                    f"{row['sent']:.1f} | {memory:.0f} | {off[0]:.0e} | {off[1]:.0e} |",
-                    flush=True,
-                )
+                rows.append(row_of(task, size, found, first))
+                lines.append(line_of(rows[-1]))
+                print(lines[-1], flush=True)
+                if arguments.write is not None:
+                    put_into(arguments.write, lines)
+                if arguments.json is not None:
+                    arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

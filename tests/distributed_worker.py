@@ -17,19 +17,23 @@ import torch
 
 import cvxnn
 from cvxnn import distributed
-from cvxnn.solvers import checkpoint
+from cvxnn.operators import sharded
+from cvxnn.solvers import checkpoint, iterative_ridge, sides
 from tests.helpers import make_data, process_context
 
 Task = Callable[..., dict[str, Any]]
 
 SOLVERS = {
     "admm": {"max_iter": 25, "solver_options": {"side": "features"}},
+    "admm, iterative": {"max_iter": 25, "solver_options": {"side": "iterative"}},
     "fista": {"max_iter": 20},
     "bm_gd": {"max_iter": 30},
     "bm_noisy_gd": {"max_iter": 10},
     "bm_sgd": {"max_iter": 3, "solver_options": {"batch_size": 32}},
     "bm_lbfgs": {"max_iter": 2, "solver_options": {"inner_iter": 15}},
 }
+#: So few that conjugate gradients need several steps.
+LANDMARKS = 80
 SETTINGS = {
     "squared": {"loss": "squared", "output_bias": False},
     "bias": {"loss": "squared", "output_bias": True, "hidden_bias": True},
@@ -76,10 +80,11 @@ def facts(problem: cvxnn.Problem, result: cvxnn.Result) -> dict[str, Any]:
 def solvers(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     """All solvers on all settings."""
     found: dict[str, Any] = {}
+    iterative_ridge._LANDMARKS = LANDMARKS
     for kind, setting in CASES:
         problem = problem_of(folder, kind, setting)
         for name, options in SOLVERS.items():
-            result = cvxnn.solve(problem, name, random_state=0, tol=1e-9, **options)
+            result = cvxnn.solve(problem, name.split(",")[0], random_state=0, tol=1e-9, **options)
             found[f"{kind} {setting} {name}"] = facts(problem, result)
     images = np.random.default_rng(0).standard_normal((41, 2, 5, 5))
     problem = cvxnn.cnn_problem(
@@ -135,6 +140,29 @@ def refused(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     return found
 
 
+def short(group: distributed.Group, folder: Path) -> dict[str, Any]:
+    """The second process alone has too little memory for the Gram matrix."""
+    problem = problem_of(folder, "disk", "squared")
+    iterative_ridge._LANDMARKS = LANDMARKS
+    gram, columns = (sides.factor_bytes(problem, side, 10) for side in ("features", "iterative"))
+    assert columns < gram
+    between = group.size * (gram + columns) / (2 * sides.SHARE)
+    sides.available_bytes = lambda device: (group.rank == 0) * 2**40 + int(between)
+    found = {"chosen": cvxnn.solvers.api.choose_solver(problem), "side": sides.choose_side(problem, 10)}
+    sides.available_bytes = lambda device: (group.rank == 0) * 2**40 + columns
+    found["fista"] = cvxnn.solvers.api.choose_solver(problem)
+    # The chosen samples are sent around a few at a time.
+    sharded._SENT_BYTES = 1000
+    few = problem.operator.kernel_columns(torch.arange(0, problem.n_samples, 7))
+    sharded._SENT_BYTES = 2**27
+    at_once = problem.operator.kernel_columns(torch.arange(0, problem.n_samples, 7))
+    torch.testing.assert_close(few, at_once, rtol=1e-14, atol=1e-14)
+    ridge = sides.make_ridge("iterative", problem.operator, problem.weights, False)
+    rows = len(ridge._low_rank), len(ridge.x)  # type: ignore[attr-defined]
+    assert rows == (len(range(problem.n_samples)[group.share(problem.n_samples)]),) * 2
+    return found
+
+
 def slow(problem: cvxnn.Problem, **options: Any) -> cvxnn.Result:
     """A run of 30 epochs of three batches, with a checkpoint after each epoch in processes of their own."""
     settings = {"max_iter": 30, "random_state": 0, "tol": 1e-12, "solver_options": {"batch_size": 64}}
@@ -164,6 +192,41 @@ def faulty(group: distributed.Group | None, folder: Path, number: int, victim: i
     return {}
 
 
+def broken(group: distributed.Group, folder: Path, kind: str) -> dict[str, Any]:
+    """One process has an error of its own in its 50th gradient."""
+    problem = problem_of(folder, "memory", "bias")
+    if group.rank == 1:
+        adjoint = type(problem.operator.plain).adjoint
+        calls = [0]
+
+        def fails(self: Any, L: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 50:
+                raise getattr(torch.linalg, kind, RuntimeError)("a matrix is singular\nand more")
+            return adjoint(self, L)
+
+        type(problem.operator.plain).adjoint = fails  # type: ignore[method-assign]
+    begin = time.perf_counter()
+    try:
+        cvxnn.solve(problem, "fista", tol=1e-12, max_iter=500, checkpoint=folder / "run.safetensors")
+    except cvxnn.errors.DistributedError as error:
+        return {"error": str(error), "seconds": time.perf_counter() - begin}
+    return {}
+
+
+def outside(rank: int, place: str, folder: Path, victim: int) -> None:
+    """The rows of one process hold a number that is not finite; its error ends the other."""
+    X, labels = data(folder, "memory")
+    X[-1 if victim else 1] = np.nan
+    np.save(folder / f"bad-{rank}.npy", X)
+    on_disk = np.load(folder / f"bad-{rank}.npy", mmap_mode="r")
+    try:
+        with distributed.start(init_method=place, rank=rank, size=2, timeout=30):
+            cvxnn.mlp_problem(on_disk, labels, n_gates=5)
+    except cvxnn.errors.CvxnnError as error:
+        (folder / f"outside-{rank}.json").write_text(json.dumps([type(error).__name__, str(error)]))
+
+
 def resumed(group: distributed.Group | None, folder: Path) -> dict[str, Any]:
     """The run goes on from its checkpoint."""
     problem = problem_of(folder, "disk", "bias")
@@ -177,8 +240,8 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 def others(group: distributed.Group, folder: Path) -> dict[str, Any]:
-    """Two tasks, one after the other."""
-    return {"seeds": seeds(group, folder), "refused": refused(group, folder)}
+    """Several tasks, one after the other."""
+    return {"seeds": seeds(group, folder), "refused": refused(group, folder), "short": short(group, folder)}
 
 
 def main(

@@ -1,6 +1,7 @@
 """Runs that are killed with SIGKILL at random moments, go on, and end as if nothing had happened.
 
-``python -m tests.kills --kills 20`` does it for each task; the test suite does it with fewer kills.
+``python -m tests.kills --kills 20`` does it for each task and prints a row of a Markdown table for each as it ends; the
+test suite does it with fewer kills.
 """
 
 from __future__ import annotations
@@ -160,20 +161,22 @@ def _reports(folder: Path) -> list[int]:
 
 
 def main() -> None:
-    """All tasks, a line each."""
+    """All tasks, a row each; the status is 1 where a result differs or more than one step was lost."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     arguments = parser.parse_args()
     failed = False
+    print("| Task | Kills | Steps lost by a kill, at most | Same bits as undisturbed | Seconds |")
+    print("| --- | ---: | ---: | --- | ---: |", flush=True)
     for task in arguments.tasks:
         with tempfile.TemporaryDirectory() as folder:
             found = killed(task, arguments.kills, arguments.seed, Path(folder))
         failed |= not found["equal"] or found["lost"] > 1 or found["kills"] < arguments.kills
         print(
-            f"{task:10s} {found['kills']} kills, at most {found['lost']} steps lost, results "
-            f"{'equal' if found['equal'] else 'DIFFERENT'}, {found['seconds']:.0f} s",
+            f"| {task} | {found['kills']} | {found['lost']} | {'yes' if found['equal'] else 'NO'} "
+            f"| {found['seconds']:.0f} |",
             flush=True,
         )
     raise SystemExit(failed)

@@ -42,6 +42,11 @@ def test_seeds_clocks_and_callbacks_are_those_of_the_first(others):
     assert first["seconds"] > 0
 
 
+def test_the_process_with_the_least_memory_decides(others):
+    first, second = (found["short"] for found in others)
+    assert first == second == {"chosen": "admm", "side": "iterative", "fista": "fista"}
+
+
 def test_what_does_not_work_is_said(others):
     first, second = (found["refused"] for found in others)
     assert first == second

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cvxnn import distributed
 from cvxnn.files import read_tensors
 from tests import distributed_worker as worker
+from tests.helpers import process_context
 
 #: Seconds that processes wait for one another here.
 PATIENCE = 6
@@ -62,6 +64,36 @@ def test_another_number_of_processes_goes_on(wanted, tmp_path):
         process.join(120)
     for found in worker.run(worker.resumed, tmp_path, size=3):
         check(found, wanted)
+
+
+@pytest.mark.parametrize(("shard", "kind"), [("gates", "LinAlgError"), ("samples", "RuntimeError")])
+def test_an_error_of_one_process_is_named_in_all(shard, kind, tmp_path):
+    first, second = worker.run(worker.broken, tmp_path, shard=shard, arguments=(kind,))
+    words = f"failed with {kind}: a matrix is singular; start all of them again, with resume=True"
+    assert f"process 1 has {words}" in first["error"]
+    assert "process 0 of 2 has lost the others" in first["error"]
+    assert f"process 1 of 2 has {words}" in second["error"]
+    assert max(first["seconds"], second["seconds"]) < 60
+    assert (tmp_path / "run.safetensors").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_before_the_run_is_named_in_all(victim, tmp_path):
+    """Also where the first process, which fails, is where the words are kept."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = process_context()
+    place = f"tcp://127.0.0.1:{port}"
+    processes = [context.Process(target=worker.outside, args=(rank, place, tmp_path, victim)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    found = [json.loads((tmp_path / f"outside-{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[victim][0] == "InvalidInputError"
+    assert found[1 - victim][0] == "DistributedError"
+    assert f"process {victim} has failed with InvalidInputError: X has NaN" in found[1 - victim][1]
 
 
 def test_a_process_that_hangs_is_given_up_within_a_minute():

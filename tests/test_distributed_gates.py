@@ -12,9 +12,12 @@ import cvxnn
 from cvxnn import distributed
 from cvxnn.errors import CvxnnError, DistributedError
 from cvxnn.files import read_tensors
+from cvxnn.solvers import iterative_ridge
 from tests import distributed_worker as worker
 
 SOLVERS = {
+    "admm": {"max_iter": 25, "solver_options": {"side": "samples"}},
+    "admm, iterative": {"max_iter": 25, "solver_options": {"side": "iterative"}},
     "fista": {"max_iter": 20},
     "bm_gd": {"max_iter": 30, "solver_options": {"step": None}},
     "bm_noisy_gd": {"max_iter": 12, "solver_options": {"every": 3, "threshold": 1e9}},
@@ -35,6 +38,7 @@ def points(problem):
 
 def answers(group, folder):
     """All solvers on all settings."""
+    iterative_ridge._LANDMARKS = worker.LANDMARKS
     found = {}
     for kind, setting in CASES:
         problem = worker.problem_of(folder, kind, setting)
@@ -44,7 +48,7 @@ def answers(group, folder):
             assert op.plain.patterns.shape == (problem.n_samples, op.n_gates)
         found[f"{kind} {setting}"] = points(problem)
         for name, options in SOLVERS.items():
-            result = cvxnn.solve(problem, name, random_state=0, tol=1e-9, **options)
+            result = cvxnn.solve(problem, name.split(",")[0], random_state=0, tol=1e-9, **options)
             new = torch.from_numpy(np.random.default_rng(1).standard_normal((10, 5)))
             found[f"{kind} {setting} {name}"] = worker.facts(problem, result) | {
                 "outputs": result.network()(new).tolist(),
@@ -55,10 +59,12 @@ def answers(group, folder):
     start = 0.01 * np.random.default_rng(2).standard_normal((problem.n_gates, 5, 3))
     warm = cvxnn.solve(problem, "fista", max_iter=5, init=start, tol=1e-9)
     found |= {"warm": worker.facts(problem, warm), "norms": points(norms)}
+    warm = cvxnn.solve(problem, "admm", max_iter=7, init=start, tol=1e-9, solver_options={"side": "samples"})
+    found["warm admm"] = worker.facts(problem, warm)
     found["prox"] = worker.facts(norms, cvxnn.solve(norms, "fista", max_iter=20, tol=1e-9))
     images = np.random.default_rng(0).standard_normal((41, 2, 5, 5))
     pictures = cvxnn.cnn_problem(images, np.arange(41) % 3, n_gates=5, beta=3e-3, output_bias=True)
-    for name in ("fista", "bm_gd"):
+    for name in ("admm", "fista", "bm_gd"):
         result = cvxnn.solve(pictures, name, random_state=0, tol=1e-9, **SOLVERS[name])
         network = result.network()(torch.from_numpy(images[:5]))
         found[f"cnn {name}"] = worker.facts(pictures, result) | {"outputs": network.tolist()}
@@ -93,7 +99,8 @@ def refused(group, folder):
         "blocks": lambda: cvxnn.certify(problem, Z=np.zeros((problem.n_gates + 3, p, q))),
         "factors": lambda: cvxnn.certify(problem, factors=[np.ones((2 * problem.n_gates + 1, s, 1)) for s in (p, q)]),
         "diagnose": lambda: cvxnn.diagnose(problem, factors=pair),
-        "solver": lambda: cvxnn.solve(problem, "admm"),
+        "solver": lambda: cvxnn.solve(problem, "frank_wolfe"),
+        "side": lambda: cvxnn.solve(problem, "admm", solver_options={"side": "features"}),
         "relu": lambda: cvxnn.mlp_problem(X, labels, activation="relu"),
         "linear": lambda: cvxnn.mlp_problem(X, labels, activation="linear"),
         "few": lambda: cvxnn.mlp_problem(X, labels, n_gates=1),
@@ -115,18 +122,22 @@ def test_what_does_not_work_is_said(tmp_path):
     assert "of 40, all gates, are wanted" in first["blocks"]
     assert "of 40, all gates, are wanted" in first["factors"]
     assert "UnsupportedError: diagnose needs all gates in one process" in first["diagnose"]
-    assert "gates are shared out to several processes; one of 'fista', 'bm_gd'" in first["solver"]
+    assert "gates are shared out to several processes; one of 'admm', 'fista', 'bm_gd'" in first["solver"]
+    assert "UnsupportedError: the gates are shared out" in first["side"]
     assert "UnsupportedError: activation is 'relu', whose cones need the gates" in first["relu"]
     assert "no gates to share out" in first["linear"]
     assert "gates has 1 rows; at least one for each of the 2" in first["few"]
     assert "UnsupportedError: init is given" in first["init"]
     assert "shard='samples'" in first["layerwise"]
-    assert first["auto"] == "fista"
+    assert first["auto"] == "admm"
     with pytest.raises(CvxnnError, match="shard is 'rows'; one of 'samples', 'gates' is wanted"):
         distributed.start(shard="rows").__enter__()
 
 
-RUN = {"tol": 1e-12, "random_state": 0, "max_iter": 25}
+def long_run(problem, solver, **options):
+    """25 iterations, however many processes there are."""
+    chosen = {"side": "samples"} if solver == "admm" else None
+    return cvxnn.solve(problem, solver, tol=1e-12, random_state=0, max_iter=25, solver_options=chosen, **options)
 
 
 def dying(group, folder, solver):
@@ -138,7 +149,7 @@ def dying(group, folder, solver):
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        cvxnn.solve(problem, solver, checkpoint=folder / "run.safetensors", callbacks=[callback], **RUN)
+        long_run(problem, solver, checkpoint=folder / "run.safetensors", callbacks=[callback])
     except DistributedError as error:
         return {"error": str(error)}
     return {}
@@ -148,10 +159,10 @@ def resumed(group, folder, solver):
     """It goes on."""
     problem = worker.problem_of(folder, "memory", "bias")
     file = folder / "run.safetensors"
-    return worker.facts(problem, cvxnn.solve(problem, solver, checkpoint=file, resume=True, **RUN))
+    return worker.facts(problem, long_run(problem, solver, checkpoint=file, resume=True))
 
 
-@pytest.mark.parametrize("solver", ["fista", "bm_gd"])
+@pytest.mark.parametrize("solver", ["admm", "fista", "bm_gd"])
 def test_a_process_that_ends_leaves_a_checkpoint(solver, tmp_path):
     """The last one that was put together; any number of processes goes on from it."""
     processes = worker.start(dying, tmp_path, timeout=10, shard="gates", arguments=(solver,))
@@ -161,7 +172,7 @@ def test_a_process_that_ends_leaves_a_checkpoint(solver, tmp_path):
     assert "process 0 of 2 has lost the others" in json.loads((tmp_path / "dying-0.json").read_text())["error"]
     kept = read_tensors(tmp_path / "run.safetensors", "checkpoint")[0]["iteration"]
     problem = worker.problem_of(tmp_path, "memory", "bias")
-    wanted = worker.facts(problem, cvxnn.solve(problem, solver, **RUN))
+    wanted = worker.facts(problem, long_run(problem, solver))
     assert 10 <= kept < wanted["n_iter"] == 25
     before = (tmp_path / "run.safetensors").read_bytes()
     found = worker.run(resumed, tmp_path, size=3, shard="gates", arguments=(solver,))

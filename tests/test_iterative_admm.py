@@ -42,8 +42,12 @@ def test_quadratic_step_solves_its_problem(monkeypatch, intercept, landmarks):
         np.testing.assert_allclose(found.residual, a[:, None] * (C.numpy() - Phi @ expected), atol=1e-9)
 
 
-def test_columns_of_the_kernel():
-    for problem in (make_problem(n=20), cvxnn.mlp_problem(np.eye(4), np.eye(4), activation="linear", beta=0.1)):
+def test_columns_of_the_kernel(tmp_path):
+    np.save(tmp_path / "X.npy", np.random.default_rng(0).standard_normal((20, 3)))
+    on_disk = np.load(tmp_path / "X.npy", mmap_mode="r")
+    problems = [make_problem(n=20), cvxnn.mlp_problem(np.eye(4), np.eye(4), activation="linear", beta=0.1)]
+    problems += [cvxnn.mlp_problem(on_disk, np.ones((20, 1)), hidden_bias=True, n_gates=5, dtype="float32")]
+    for problem in problems:
         chosen = torch.tensor([3, 0, 2])
         torch.testing.assert_close(problem.operator.kernel_columns(chosen), problem.operator.kernel()[:, chosen])
 
@@ -88,6 +92,17 @@ def test_auto_takes_it_where_no_factorisation_fits(monkeypatch):
     assert needed_bytes(problem, "admm") < needed_bytes(problem, "admm", side="samples")
     result = cvxnn.solve(problem, tol=1e-4)
     assert (result.solver, result.status) == ("admm", "certified")
+
+
+def test_samples_on_disk(tmp_path):
+    X, labels = np.random.default_rng(0).standard_normal((200, 6)), np.arange(200) % 3
+    np.save(tmp_path / "X.npy", X)
+    found = [
+        cvxnn.solve(cvxnn.mlp_problem(data, labels, n_gates=30, beta=1e-2), "admm", tol=1e-6, solver_options=ITERATIVE)
+        for data in (X, np.load(tmp_path / "X.npy", mmap_mode="r"))
+    ]
+    assert [result.status for result in found] == ["certified"] * 2
+    assert found[1].objective == pytest.approx(found[0].objective, rel=1e-9)
 
 
 def test_it_is_refused_without_columns_of_the_kernel(monkeypatch):

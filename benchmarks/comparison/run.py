@@ -27,8 +27,9 @@ def main() -> None:
         parser.error(f"there is no {config.name}; one of {sorted(p.stem for p in HERE.glob('*.yml'))} is wanted")
     outputs = HERE / "outputs"
     before = set(outputs.glob("*.parquet"))
-    command = [sys.executable, "-m", "benchopt", "run", str(HERE), "--config", str(config), "--no-cache", "--no-timeout"]
-    subprocess.run([*command, "--no-plot", "--no-display", "--output", arguments.config, *further], check=True)
+    command = [sys.executable, "-m", "benchopt", "run", str(HERE), "--config", str(config), "--no-cache"]
+    command += ["--no-timeout", "--no-plot", "--no-display"]
+    subprocess.run([*command, "--output", arguments.config, *further], check=True)
     written = sorted(set(outputs.glob("*.parquet")) - before) or sorted(outputs.glob(f"{arguments.config}*.parquet"))
     rows = read_run(max(written, key=lambda file: file.stat().st_mtime))
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,14 @@ __all__ = ["SHARDS", "TIMEOUT", "Group", "alone", "common_seed", "current_group"
 
 #: Seconds that a process waits for the others by default.
 TIMEOUT = 45.0
+
+#: Bytes up to which tensors are put together to be sent.
+_SMALL = 2**20
+
+#: Where the first error of a process is kept for the others, and how many processes have ended after it.
+_ERROR, _REPORTS, _ENDED = "cvxnn.error", "cvxnn.reports", "cvxnn.ended"
+#: Seconds that the first process, which may keep this, stays for the others after an error.
+_FAREWELL = 3.0
 
 #: What can be shared out.
 SHARDS = ("samples", "gates")
@@ -38,6 +46,8 @@ class Group:
         Number of this process, from 0.
     size : int
         Number of processes.
+    size_here : int
+        Number of processes on this machine.
     shard : {"samples", "gates"}
         What of a problem is shared out.
     device : torch.device
@@ -48,9 +58,12 @@ class Group:
         Bytes given to communication so far.
     """
 
-    def __init__(self, device: torch.device, shard: str = "samples") -> None:
+    def __init__(self, device: torch.device, shard: str = "samples", store: dist.Store | None = None) -> None:
         self.shard = shard
+        self._store = store
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # torchrun says how many are here; processes that are started otherwise are taken to be on one machine.
+        self.size_here = min(self.size, max(1, int(os.environ.get("LOCAL_WORLD_SIZE", self.size))))
         self.device = device
         self.seconds, self.sent = 0.0, 0
 
@@ -61,16 +74,48 @@ class Group:
             yield
         except RuntimeError as error:
             # What gloo says, without its line of code and its advice.
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0].split(". ")[0].split("] ", 1)[-1]
+            reason = _first_line(error).split(". ")[0].split("] ", 1)[-1]
+            cause = self.first_error() or f"one of them has ended or hangs ({reason})"
             raise DistributedError(
                 f"process {self.rank} of {self.size} has lost the others after {time.perf_counter() - begin:.0f} s: "
-                f"one of them has ended or hangs ({reason}); start all of them again, with resume=True where there is "
-                "a checkpoint"
+                f"{cause}; {_AGAIN}"
             ) from error
         finally:
             self.seconds += time.perf_counter() - begin
             self.sent += n_bytes
+
+    def report(self, error: BaseException) -> None:
+        """Have the others know of an error that ends this process, where none has reported one before."""
+        if self._store is None:
+            return
+        with suppress(RuntimeError):
+            if self._store.add(_REPORTS, 1) == 1:
+                text = f"process {self.rank} has failed with {_in_words(error)}"
+                self._store.set(_ERROR, text)
+                # The answer says that it has arrived.
+                self._store.get(_ERROR)
+
+    def first_error(self) -> str | None:
+        """The first error that a process has reported, in words."""
+        with suppress(RuntimeError):
+            if self._store is not None and self._store.check([_ERROR]):
+                return str(self._store.get(_ERROR).decode())
+        return None
+
+    def failed(self, error: Exception) -> DistributedError:
+        """The error to raise in place of one that ends this process only; the others are told."""
+        self.report(error)
+        return DistributedError(f"process {self.rank} of {self.size} has failed with {_in_words(error)}; {_AGAIN}")
+
+    def end(self) -> None:
+        """Leave after an error; the first process stays until the others have read of it, as it may keep it."""
+        if self._store is None or self.first_error() is None:
+            return
+        with suppress(RuntimeError):
+            ended, last = self._store.add(_ENDED, 1), time.monotonic() + _FAREWELL
+            while self.rank == 0 and ended < self.size and time.monotonic() < last:
+                time.sleep(0.01)
+                ended = self._store.add(_ENDED, 0)
 
     def share(self, n: int, name: str = "X") -> slice:
         """The samples of this process, of n in all: a range, as long as those of the others or one shorter."""
@@ -82,8 +127,17 @@ class Group:
 
     def add_up(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over the processes, which is the same in all of them to the last bit."""
-        for dtype in {tensor.dtype: None for tensor in tensors}:
-            some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        few: list[torch.Tensor] = []
+        for tensor in tensors:
+            # Large ones are sent as they are, without a copy.
+            alone = tensor.numel() * tensor.element_size() > _SMALL and tensor.device == self.device
+            if alone and tensor.is_contiguous():
+                with self._exchange(tensor.numel() * tensor.element_size()):
+                    dist.all_reduce(tensor)
+            else:
+                few.append(tensor)
+        for dtype in {tensor.dtype: None for tensor in few}:
+            some = [tensor for tensor in few if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in some]).to(self.device)
             with self._exchange(flat.numel() * flat.element_size()):
                 dist.all_reduce(flat)
@@ -164,6 +218,20 @@ class Group:
                 f"{first.view(torch.float64).tolist()} in process 0; the same program, data, options and kind of "
                 "machine are wanted in all of them"
             )
+
+
+#: What to do after an error.
+_AGAIN = "start all of them again, with resume=True where there is a checkpoint"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _in_words(error: BaseException) -> str:
+    # torch.linalg.LinAlgError calls itself _LinAlgError.
+    return f"{type(error).__name__.lstrip('_')}: {_first_line(error)}"
 
 
 def current_group() -> Group | None:
@@ -249,34 +317,46 @@ def start(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     place = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     ours = not dist.is_initialized()
+    store = None
     if ours:
-        _initialise("nccl" if kind == "cuda" else "gloo", timeout, init_method, rank, size)
-    token = _group.set(Group(place, shard))
+        store = _initialise("nccl" if kind == "cuda" else "gloo", timeout, init_method, rank, size)
+    group = Group(place, shard, store)
+    token = _group.set(group)
     previous = _end_on_sigterm()
     try:
-        yield _group.get()  # type: ignore[misc]
+        yield group
+    except Exception as error:
+        if not isinstance(error, DistributedError):
+            group.report(error)
+        raise
     finally:
         _group.reset(token)
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
         if ours and dist.is_initialized():
+            # This is when the others see that the process has gone.
             dist.destroy_process_group()
+            group.end()
 
 
-def _initialise(backend: str, timeout: float, init_method: str | None, rank: int | None, size: int | None) -> None:
+def _initialise(
+    backend: str, timeout: float, init_method: str | None, rank: int | None, size: int | None
+) -> dist.Store:
+    """Find the other processes; what they can leave words in for one another."""
     if init_method is None and "RANK" not in os.environ:
         raise InvalidInputError(
             "this process was not started as one of several: 'torchrun --nproc-per-node=N ...' is wanted, "
             "or init_method, rank and size"
         )
+    patience = timedelta(seconds=timeout)
+    place = (init_method or "env://", -1 if rank is None else rank, -1 if size is None else size)
     try:
-        dist.init_process_group(
-            backend,
-            init_method=init_method,
-            timeout=timedelta(seconds=timeout),
-            rank=-1 if rank is None else rank,
-            world_size=-1 if size is None else size,
-        )
+        store, rank, size = next(iter(dist.rendezvous(*place, timeout=patience)))
+        store.set_timeout(patience)
+        # As init_process_group does, which does not tell of its store.
+        inner = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=inner, timeout=patience, rank=rank, world_size=size)
+        return store
     except (RuntimeError, ValueError) as error:
         raise DistributedError(f"the processes have not found each other within {timeout:g} s: {error}") from error
 

@@ -101,6 +101,10 @@ class Operator(ABC):
         """The rows of values (n, ...) that belong to the samples of `local`."""
         return values
 
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """Rows of all samples from those that belong to the samples of `local`."""
+        return part
+
     def summed(self, value: float, *tensors: torch.Tensor) -> float:
         """Add up what every process has of a sum over the samples: the tensors in place, the value as the result."""
         return value
@@ -108,6 +112,15 @@ class Operator(ABC):
     def over_gates(self, *values: float) -> list[float]:
         """Add up what every process has of sums over the gates."""
         return list(values)
+
+    def largest_over_gates(self, value: float) -> float:
+        """The largest of what every process has of a maximum over the gates."""
+        return value
+
+    @property
+    def counts_common(self) -> bool:
+        """Whether this process adds what all of them have to sums that go over the gates of all."""
+        return True
 
     def all_gates(self, part: torch.Tensor) -> torch.Tensor:
         """Rows of all gates, in order, from those of the gates of this process; as many for each gate."""
@@ -290,7 +303,26 @@ class Operator(ABC):
         """The n x n matrix of A A* for one output (math section 5)."""
 
     def kernel_columns(self, chosen: torch.Tensor) -> torch.Tensor:
-        """The columns (n, m) of :meth:`kernel` of some samples, where `has_kernel_columns`."""
+        """The columns of :meth:`kernel` of some samples, where `has_kernel_columns`.
+
+        Parameters
+        ----------
+        chosen : torch.Tensor of indices, (m,)
+            Among all samples.
+
+        Returns
+        -------
+        torch.Tensor of shape (n, m)
+            With the rows of the samples of `local`.
+        """
+        return self.kernel_with(self.kernel_samples(chosen))
+
+    def kernel_samples(self, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the kernel needs to know of some samples of this process: tensors of m rows, in the working type."""
+        raise NotImplementedError
+
+    def kernel_with(self, others: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Entries (n, m) of the kernel for the samples of this process with m others, of :meth:`kernel_samples`."""
         raise NotImplementedError
 
     @abstractmethod

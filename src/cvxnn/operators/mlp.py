@@ -231,19 +231,22 @@ class MLPOperator(Operator):
         return 4 * (self.block_shape[1] + self.n_gates) * eps * self._norm * blocks
 
     def kernel(self) -> torch.Tensor:
-        return self._kernel_with(self.X, None if self._patterns is None else self._mask)
+        return self.kernel_with((self.X,) if self._patterns is None else (self.X, self._mask))
 
-    def kernel_columns(self, chosen: torch.Tensor) -> torch.Tensor:
-        return self._kernel_with(self.X[chosen], None if self._patterns is None else self._mask[chosen])
+    def kernel_samples(self, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.X[chosen],) if self._patterns is None else (self.X[chosen], self._mask[chosen])
 
-    def _kernel_with(self, X: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Entries (n, m) of the kernel for all samples with m of them."""
-        K = self.X.new_empty(self.n_samples, len(X))
-        for rows in row_batches(self.n_samples, len(X) * self.X.element_size()):
+    def kernel_with(self, others: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        X = others[0]
+        K = torch.empty(self.n_samples, len(X), dtype=self.dtype, device=self.device)
+        for rows in self._kernel_batches(len(X)):
             torch.mm(self.X[rows], X.T, out=K[rows])
-            if mask is not None:
-                K[rows] *= self._mask[rows] @ mask.T
+            if len(others) > 1:
+                K[rows] *= self._mask[rows] @ others[1].T
         return K
+
+    def _kernel_batches(self, n_others: int) -> list[slice]:
+        return row_batches(self.n_samples, n_others * self.X.element_size())
 
     def feature_batches(self) -> list[slice]:
         return row_batches(self.n_samples, self.n_features * self.X.element_size())

@@ -12,9 +12,12 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.distributed import Group
 from cvxnn.errors import UnsupportedError
-from cvxnn.operators.base import Operator
+from cvxnn.operators.base import Operator, row_batches
 
 __all__ = ["ShardedOperator"]
+
+#: Bytes of what the kernel needs to know of samples that are sent around at once.
+_SENT_BYTES = 2**27
 
 
 class ShardedOperator(Operator):
@@ -45,6 +48,7 @@ class ShardedOperator(Operator):
         self.n_outputs, self.block_shape, self.width = local.n_outputs, local.block_shape, local.width
         self.gates, self.dtype, self.device = local.gates, local.dtype, local.device
         self.passes_are_dear = group.any(local.passes_are_dear)
+        self.has_kernel_columns = local.has_kernel_columns
 
     @property
     def local(self) -> Operator:
@@ -67,8 +71,7 @@ class ShardedOperator(Operator):
         assert self.group is not None
         return self.group
 
-    def _whole(self, part: torch.Tensor) -> torch.Tensor:
-        """Rows of all samples from those of this process."""
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
         if isinstance(self._own, slice):
             return self._group.gather_rows(part, self.n_samples)
         whole = part.new_zeros(self.n_samples, *part.shape[1:])
@@ -84,7 +87,7 @@ class ShardedOperator(Operator):
 
     @property
     def patterns(self) -> torch.Tensor:
-        return self._whole(self._local.patterns.to(torch.uint8)).bool()
+        return self.whole(self._local.patterns.to(torch.uint8)).bool()
 
     @cached_property
     def _double(self) -> ShardedOperator:
@@ -95,7 +98,7 @@ class ShardedOperator(Operator):
         return self if self.dtype == torch.float64 else self._double
 
     def apply(self, Z: torch.Tensor) -> torch.Tensor:
-        return self._whole(self._local.apply(Z))
+        return self.whole(self._local.apply(Z))
 
     def adjoint(self, L: torch.Tensor) -> torch.Tensor:
         blocks = self._local.adjoint(self.own(L)).contiguous()
@@ -121,7 +124,7 @@ class ShardedOperator(Operator):
 
     @cached_property
     def row_squares(self) -> torch.Tensor:
-        return self._whole(self._local.row_squares)
+        return self.whole(self._local.row_squares)
 
     @property
     def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +156,30 @@ class ShardedOperator(Operator):
     def kernel(self) -> torch.Tensor:
         raise self._no_rows()
 
+    def kernel_columns(self, chosen: torch.Tensor) -> torch.Tensor:
+        own = self.own(torch.arange(self.n_samples, device=self.device))
+        places = torch.full((self.n_samples,), -1, device=self.device)
+        places[own] = torch.arange(len(own), device=self.device)
+        places = places[chosen]
+        known = self.block_shape[1] + self.n_gates
+        batches = row_batches(len(chosen), known * self.dtype.itemsize, _SENT_BYTES)
+        if len(batches) == 1:
+            return self._local.kernel_with(self._samples_everywhere(places))
+        columns = torch.empty(len(own), len(chosen), dtype=self.dtype, device=self.device)
+        for some in batches:
+            columns[:, some] = self._local.kernel_with(self._samples_everywhere(places[some]))
+        return columns
+
+    def _samples_everywhere(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the kernel needs to know of some samples, given where they are in this process, or -1."""
+        mine = places >= 0
+        samples = []
+        for part in self._local.kernel_samples(places[mine]):
+            samples.append(part.new_zeros(len(mine), *part.shape[1:]))
+            samples[-1][mine] = part
+        self._group.add_up(*samples)
+        return tuple(samples)
+
     def _no_rows(self) -> UnsupportedError:
         return UnsupportedError("the samples are shared out to several processes, and this needs all of them in one")
 
@@ -163,13 +190,13 @@ class ShardedOperator(Operator):
         return left, right
 
     def apply_columns(self, columns: Columns) -> torch.Tensor:
-        return self._whole(self._local.apply_columns(columns))
+        return self.whole(self._local.apply_columns(columns))
 
     def network_outputs(self, columns: Columns) -> torch.Tensor:
-        return self._whole(self._local.network_outputs(columns))
+        return self.whole(self._local.network_outputs(columns))
 
     def apply_atoms(self, gate: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self._whole(self._local.apply_atoms(gate, u, v).transpose(0, 1).contiguous()).transpose(0, 1)
+        return self.whole(self._local.apply_atoms(gate, u, v).transpose(0, 1).contiguous()).transpose(0, 1)
 
     def moments(self, weights: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         G, products = self._local.moments(self.own(weights), self.own(targets))

@@ -48,6 +48,7 @@ class GateShardedOperator(Operator):
         self.block_shape, self.width = local.block_shape, local.width
         self.gates, self.dtype, self.device = gates, local.dtype, local.device
         self.passes_are_dear = local.passes_are_dear
+        self.has_kernel_columns = local.has_kernel_columns
         self._sizes: dict[int, int] = {}
 
     @property
@@ -66,6 +67,13 @@ class GateShardedOperator(Operator):
     def over_gates(self, *values: float) -> list[float]:
         return self._group.sums(*values)
 
+    def largest_over_gates(self, value: float) -> float:
+        return self._group.largest(value)
+
+    @property
+    def counts_common(self) -> bool:
+        return self._group.rank == 0
+
     def all_gates(self, part: torch.Tensor) -> torch.Tensor:
         each = len(part) // self.n_gates
         whole = self._group.gather_rows(part.reshape(self.n_gates, each, *part.shape[1:]), self._total)
@@ -83,7 +91,7 @@ class GateShardedOperator(Operator):
         self._group.add_up(*outputs)
 
     def once(self, offset: torch.Tensor) -> torch.Tensor:
-        return offset if self._group.rank == 0 else torch.zeros_like(offset)
+        return offset if self.counts_common else torch.zeros_like(offset)
 
     def _added(self, outputs: torch.Tensor) -> torch.Tensor:
         outputs = outputs.contiguous()
@@ -197,7 +205,11 @@ class GateShardedOperator(Operator):
         raise self._all_needed()
 
     def kernel(self) -> torch.Tensor:
-        raise self._all_needed()
+        """A sum over the gates, which every process has whole."""
+        return self._added(self._plain.kernel())
+
+    def kernel_columns(self, chosen: torch.Tensor) -> torch.Tensor:
+        return self._added(self._plain.kernel_columns(chosen))
 
     def features(self, rows: slice) -> torch.Tensor:
         raise self._all_needed()

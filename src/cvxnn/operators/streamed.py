@@ -29,7 +29,7 @@ class _Masks:
     def __init__(self, bits: PatchBits, dtype: torch.dtype) -> None:
         self.bits, self.dtype = bits, dtype
 
-    def __getitem__(self, rows: slice) -> torch.Tensor:
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
         return self.bits.rows(rows)[:, 0].to(self.dtype)
 
 
@@ -49,7 +49,6 @@ class StreamedMLPOperator(MLPOperator):
     """
 
     passes_are_dear = True
-    has_kernel_columns = False
     X: Rows  # type: ignore[assignment]
 
     def __init__(self, X: Rows, n_outputs: int, gates: object = None, bits: PatchBits | None = None) -> None:
@@ -160,6 +159,10 @@ class StreamedMLPOperator(MLPOperator):
                     part *= self._mask[rows] @ self._mask[columns].T
                 K[rows, columns] = part
         return K
+
+    def _kernel_batches(self, n_others: int) -> list[slice]:
+        per_row = 8 * (self.X.shape[1] + self.n_gates + 2 * n_others)
+        return row_batches(self.n_samples, per_row, _PASS_BYTES)
 
     @cached_property
     def row_squares(self) -> torch.Tensor:

@@ -13,11 +13,15 @@ from cvxnn.errors import UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver, check_relaxation
+from cvxnn.solvers.iterative_ridge import IterativeRidge
 from cvxnn.solvers.ridge import FeatureRidge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_flag, check_integer, check_positive
 
 __all__ = ["Admm", "AdmmOptions"]
+
+#: What the acceleration has of blocks and of predictions, in states.
+_OF_BLOCKS, _OF_OUTPUTS = "anderson.blocks.", "anderson.outputs."
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Admm(Solver):
     Options = AdmmOptions
     default_max_iter: ClassVar[int] = 50_000
     sharded: ClassVar[bool] = True
+    shares_gates: ClassVar[bool] = True
+    per_gate: ClassVar[tuple[str, ...]] = (
+        *("W", "U", "ridge.blocks"),
+        *(f"{_OF_BLOCKS}{name}" for name in ("last_image", "last_residual", "steps", "plain")),
+    )
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
@@ -92,7 +101,7 @@ class Admm(Solver):
             side = choose_side(problem, self.options.memory)
         if side == "iterative" and not self.op.has_kernel_columns:
             raise UnsupportedError(
-                "side='iterative' needs columns of the kernel, which are there for perceptrons with X in memory only; "
+                "side='iterative' needs columns of the kernel, which are there for perceptrons only; "
                 "use 'samples' or 'features'"
             )
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
@@ -102,7 +111,7 @@ class Admm(Solver):
         self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias, target)
         self.iteration, self.next_adaptation = 0, 5
         self.tolerated = self._tolerated_imbalance()
-        self.anderson = Anderson(self.options.memory) if self.options.memory else None
+        self.anderson = self._acceleration() if self.options.memory else None
         self.W = problem.Y.new_zeros(self.op.block_shape)
         self.U = torch.zeros_like(self.W)
         self.T = torch.zeros_like(problem.Y)
@@ -113,6 +122,21 @@ class Admm(Solver):
         if point is not None:
             self._warm_start(point)
 
+    def _acceleration(self) -> Anderson:
+        if not self.op.shares_gates:
+            return Anderson(self.options.memory)
+        # What follows the blocks is the same in all processes.
+        counted = slice(None) if self.op.counts_common else slice(math.prod(self.op.block_shape))
+        return Anderson(self.options.memory, total=self.op.add_outputs, counted=counted)
+
+    def _lengths(self, *blocks: torch.Tensor) -> list[float]:
+        """Euclidean lengths over the blocks of all gates."""
+        lengths = [float(torch.linalg.vector_norm(part)) for part in blocks]
+        if not self.op.shares_gates:
+            return lengths
+        squares = [length**2 for length in lengths]
+        return [math.sqrt(square) for square in self.op.over_gates(*squares)]
+
     def _warm_start(self, point: Iterate) -> None:
         self.W = point.blocks().to(self.W)
         outputs = self.op.double().apply(point.blocks().double())
@@ -121,7 +145,7 @@ class Admm(Solver):
         dual = self.problem.dual_candidate(predictions) if point.dual is None else point.dual.double()
         blocks = self.op.double().adjoint(dual)
         # A dual point of another beta is scaled to fit this one.
-        size = float(self.problem.norm.dual_estimate(blocks).max())
+        size = self.op.largest_over_gates(float(self.problem.norm.dual_estimate(blocks).max()))
         shrink = min(1.0, self.problem.beta / size) if size > 0 else 1.0
         self.U = (blocks * (-shrink / self.rho)).to(self.W)
         self.T, self.S = predictions.to(self.T), self._per_penalty((dual * shrink).to(self.S))
@@ -139,17 +163,18 @@ class Admm(Solver):
 
         Z is taken from a lightly regularised least-squares fit, or from the warm start.
         """
-        norm = 0.0 if point is None else float(torch.linalg.vector_norm(point.blocks()))
+        norm = 0.0 if point is None else self._lengths(point.blocks())[0]
         if norm == 0:
             norm = self.ridge.fit_norm(self.problem.Y)
         if not (norm > 0 and math.isfinite(norm)):
             return self.problem.beta
-        n_gates, p, q = self.op.block_shape
-        return self.problem.beta * math.sqrt(n_gates * min(p, q)) / norm
+        _, p, q = self.op.block_shape
+        return self.problem.beta * math.sqrt(self.op.total_gates * min(p, q)) / norm
 
     def _tolerated_imbalance(self) -> float:
         """How far residuals may be apart; further where a new factorisation costs as much as many steps."""
-        n, c, features = self.op.n_samples, self.op.n_outputs, self.op.n_features
+        n, c = self.op.n_samples, self.op.n_outputs
+        features = self.op.n_features // self.op.n_gates * self.op.total_gates
         factorisation = self.ridge.order**3 / 3
         step = 4 * n * features * c + 2 * self.ridge.order**2 * c
         return 2.0 if factorisation < 5 * step else 3.0
@@ -207,11 +232,15 @@ class Admm(Solver):
 
     def _adapt(self) -> None:
         """Change penalties whose primal and dual residuals are far apart."""
-        rho_factor = _balance(self._last_Z, self.W, self._last_W, self.U, self.tolerated)
+        blocks = self._last_Z, self.W, self._last_Z - self.W, self.W - self._last_W, self.U
+        rho_factor = _balance(self._lengths(*blocks), self.tolerated)
         sigma_factor = 1.0
         if not self.squared:
-            parts = (self.shares * part for part in (self._last_predictions, self.T, self._last_T, self.S))
-            sigma_factor = _balance(*parts, self.tolerated)
+            predictions, T, last_T, S = (
+                self.shares * part for part in (self._last_predictions, self.T, self._last_T, self.S)
+            )
+            outputs = predictions, T, predictions - T, T - last_T, S
+            sigma_factor = _balance([float(torch.linalg.vector_norm(part)) for part in outputs], self.tolerated)
         if rho_factor == 1.0 and sigma_factor == 1.0:
             return
         self.rho *= rho_factor
@@ -233,6 +262,8 @@ class Admm(Solver):
             return Iterate(self.W, dual=self.sigma * self.shares.square() * self.S)
         if self.residual is None and isinstance(self.ridge, FeatureRidge):
             self.residual = self.ridge.residual(self._last_Z, self.problem.Y)
+        if self.residual is None and isinstance(self.ridge, IterativeRidge):
+            self.residual = self.ridge.last_residual()
         return Iterate(self.W, dual=None if self.residual is None else -self.residual)
 
     def estimated_gap(self) -> float | None:
@@ -249,9 +280,8 @@ class Admm(Solver):
         return relative_gap(primal, lower)
 
     def state(self) -> dict[str, Any]:
-        extra = {} if self.anderson is None else self.anderson.state()
         return {
-            **{f"anderson.{name}": value for name, value in extra.items()},
+            **self._acceleration_state(),
             **{f"ridge.{name}": value for name, value in self.ridge.state().items()},
             "W": self.W,
             "U": self.U,
@@ -263,7 +293,25 @@ class Admm(Solver):
             "next_adaptation": self.next_adaptation,
         }
 
+    def _acceleration_state(self) -> dict[str, Any]:
+        """Vectors with their entries first: those of the blocks, which have rows of gates, and those of predictions."""
+        if self.anderson is None:
+            return {}
+        state, n_blocks = {}, self.W.numel()
+        for name, value in self.anderson.state().items():
+            if isinstance(value, torch.Tensor):
+                entries = value.movedim(-1, 0)
+                state[_OF_BLOCKS + name], state[_OF_OUTPUTS + name] = entries[:n_blocks], entries[n_blocks:]
+            else:
+                state[f"anderson.{name}"] = value
+        return state
+
     def load_state(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for name in [name for name in state if name.startswith(_OF_BLOCKS)]:
+            rest = name.removeprefix(_OF_BLOCKS)
+            joined = torch.cat([state.pop(name), state.pop(_OF_OUTPUTS + rest)])
+            state[f"anderson.{rest}"] = joined.movedim(0, -1).contiguous()
         parts: dict[str, dict[str, Any]] = {"anderson": {}, "ridge": {}}
         for name, value in state.items():
             owner, _, rest = name.partition(".")
@@ -278,14 +326,13 @@ class Admm(Solver):
             self.ridge.load_state(parts["ridge"])
 
 
-def _balance(Z: torch.Tensor, W: torch.Tensor, last_W: torch.Tensor, U: torch.Tensor, tolerated: float) -> float:
-    """Factor for a penalty from its relative primal and dual residuals; 1 where they are balanced."""
-    norm = torch.linalg.vector_norm
-    size = max(float(norm(Z)), float(norm(W)))
-    multiplier = float(norm(U))
+def _balance(lengths: list[float], tolerated: float) -> float:
+    """Factor for a penalty from the lengths of Z, W, Z - W, the change of W, and U; 1 where they are balanced."""
+    Z, W, apart, moved, multiplier = lengths
+    size = max(Z, W)
     if size == 0 or multiplier == 0:
         return 1.0
-    primal, dual = float(norm(Z - W)) / size, float(norm(W - last_W)) / multiplier
+    primal, dual = apart / size, moved / multiplier
     if primal == 0 or dual == 0:
         return 1.0
     ratio = primal / dual

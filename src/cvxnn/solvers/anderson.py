@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,24 @@ class Anderson:
         Steps between two extrapolations (as in SCS: O'Donoghue 2021); the others are plain.
     regularization : float
         Relative to the trace of the small Gram matrix.
+    total : callable, optional
+        Adds up, in place, what several processes have of inner products, where each has a part of the vectors.
+    counted : slice
+        The entries of this process that count in these.
     """
 
-    def __init__(self, memory: int = 10, interval: int = 5, regularization: float = 1e-10) -> None:
+    def __init__(
+        self,
+        memory: int = 10,
+        interval: int = 5,
+        regularization: float = 1e-10,
+        total: Callable[[torch.Tensor], object] | None = None,
+        counted: slice = slice(None),
+    ) -> None:
         self.memory = memory
         self.interval = interval
         self.regularization = regularization
+        self.total, self.counted = total, counted
         self.reset()
 
     def reset(self) -> None:
@@ -65,7 +79,7 @@ class Anderson:
     def next(self, v: Any, image: Any) -> Any:
         """The point to go on from, given a flat point v and its image F(v)."""
         residual = image - v
-        size = _norm(residual)
+        size = self._norm(residual)
         self._rejected = False
         if self._fallback is not None:
             plain, before = self._fallback
@@ -95,12 +109,25 @@ class Anderson:
     def _extrapolate(self, image: Any, residual: Any) -> Any:
         m = min(self._used, self.memory)
         images, residuals = self._steps[0, :m], self._steps[1, :m]
-        weights = _solve(residuals @ residuals.T, residuals @ residual, self.regularization)
+        counted = residuals[:, self.counted]
+        gram, right = counted @ counted.T, counted @ residual[self.counted]
+        if self.total is not None:
+            products = torch.cat([gram, right.unsqueeze(1)], 1)
+            self.total(products)
+            gram, right = products[:, :-1].clone(), products[:, -1]
+        weights = _solve(gram, right, self.regularization)
         return image if weights is None else image - weights @ images
 
-
-def _norm(vector: Any) -> float:
-    return float(np.linalg.norm(vector) if isinstance(vector, np.ndarray) else torch.linalg.vector_norm(vector))
+    def _norm(self, vector: Any) -> float:
+        vector = vector[self.counted]
+        if isinstance(vector, np.ndarray):
+            return float(np.linalg.norm(vector))
+        size = torch.linalg.vector_norm(vector)
+        if self.total is None:
+            return float(size)
+        square = size.double().square()
+        self.total(square)
+        return math.sqrt(float(square))
 
 
 def _solve(gram: Any, right: Any, regularization: float) -> Any:

@@ -14,7 +14,7 @@ import torch
 from cvxnn.bounds import dual_bound
 from cvxnn.certificates import Certificate, Evaluation, certificate_of, evaluate, relative_gap
 from cvxnn.dual_norms import bounds_are_cheap
-from cvxnn.errors import DistributedError, InvalidInputError
+from cvxnn.errors import CvxnnError, DistributedError, InvalidInputError
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate, Solver
 from cvxnn.solvers.checkpoint import Checkpoint
@@ -209,15 +209,21 @@ def run(
                             store.save_if_due(iteration, elapsed(), best, solver.state(), next_check)
                         continue
                     break
-        except (KeyboardInterrupt, DistributedError, torch.linalg.LinAlgError) as cause:
-            if isinstance(cause, DistributedError) or (group is not None and isinstance(cause, KeyboardInterrupt)):
+        except (KeyboardInterrupt, Exception) as cause:
+            if isinstance(cause, DistributedError) or (group is not None and not isinstance(cause, CvxnnError)):
                 # The other processes may be anywhere in their work, or gone: there is no certificate to be had.
                 # Gates that are shared out cannot be put together any more; their last checkpoint stays.
                 if store is not None and state is not None and not problem.operator.shares_gates:
                     store.save(iteration, elapsed(), best, state, next_check)
-                if isinstance(cause, DistributedError):
+                if group is None or isinstance(cause, DistributedError):
                     raise
-                raise DistributedError(f"the run was interrupted after {iteration} iterations") from cause
+                if isinstance(cause, Exception):
+                    raise group.failed(cause) from cause
+                first = group.first_error()
+                why = "" if first is None else f": {first}"
+                raise DistributedError(f"the run was interrupted after {iteration} iterations{why}") from cause
+            if not isinstance(cause, (KeyboardInterrupt, torch.linalg.LinAlgError)):
+                raise
             stopped = isinstance(cause, KeyboardInterrupt)
             status = "interrupted" if stopped else "diverged"
             if best.intercept is None:

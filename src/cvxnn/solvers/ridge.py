@@ -201,7 +201,16 @@ class FeatureRidge(Ridge):
         return self._weights * gap
 
 
-def kernel_fit_norm(product: Callable[[torch.Tensor], torch.Tensor], scale: float, target: torch.Tensor) -> float:
+def _as_it_is(value: float) -> float:
+    return value
+
+
+def kernel_fit_norm(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    target: torch.Tensor,
+    total: Callable[[float], float] = _as_it_is,
+) -> float:
     """About the Frobenius norm of the blocks of a lightly regularised least-squares fit to a target.
 
     Parameters
@@ -211,11 +220,13 @@ def kernel_fit_norm(product: Callable[[torch.Tensor], torch.Tensor], scale: floa
     scale : float
         Mean of its diagonal.
     target : torch.Tensor of shape (n, ...)
+    total : callable
+        Adds up what processes have of a sum over the samples.
     """
     if not scale > 0:
         return 0.0
-    fit = conjugate_gradients(lambda x: product(x / scale), target)
-    return math.sqrt(max(0.0, float((fit * product(fit / scale)).sum()))) / math.sqrt(scale)
+    fit = conjugate_gradients(lambda x: product(x / scale), target, total=total)
+    return math.sqrt(max(0.0, total(float((fit * product(fit / scale)).sum())))) / math.sqrt(scale)
 
 
 def cholesky(fill: Callable[[torch.Tensor], object], shift: float, buffer: torch.Tensor) -> torch.Tensor:
@@ -245,18 +256,21 @@ def solve_factored(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def conjugate_gradients(
-    product: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, steps: int = 5
+    product: Callable[[torch.Tensor], torch.Tensor],
+    right: torch.Tensor,
+    steps: int = 5,
+    total: Callable[[float], float] = _as_it_is,
 ) -> torch.Tensor:
     """A few steps towards (M + 1e-3 I)^-1 right, for an estimate of its size; M through its products."""
     x, residual = torch.zeros_like(right), right
-    direction, size = right, float(right.square().sum())
+    direction, size = right, total(float(right.square().sum()))
     for _ in range(steps):
         image = product(direction) + 1e-3 * direction
-        curvature = float((direction * image).sum())
+        curvature = total(float((direction * image).sum()))
         if not (size > 0 and curvature > 0):
             break
         x = x + (size / curvature) * direction
         residual = residual - (size / curvature) * image
-        previous, size = size, float(residual.square().sum())
+        previous, size = size, total(float(residual.square().sum()))
         direction = residual + (size / previous) * direction
     return x

@@ -23,11 +23,12 @@ def side_costs(operator: Operator, constant_target: bool, iterations: int = 150)
     passes = 4.0 * n * features * c
     gram = n * features**2 + features**3 / 3
     gram += iterations * ((0.0 if constant_target else passes) + 2.0 * features**2 * c)
-    if not operator.has_rows:
+    if not (operator.has_rows or operator.shares_gates):
         return {"features": gram}
     samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
     samples += iterations * (passes + 2.0 * n**2 * c)
-    return {"samples": samples, "features": gram}
+    # The Gram matrix is a sum over the samples, the kernel one over the gates.
+    return {"samples": samples} if operator.shares_gates else {"samples": samples, "features": gram}
 
 
 def cheaper_side(operator: Operator, constant_target: bool) -> str:
@@ -40,7 +41,7 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
     """Memory of the matrices on a side, and of the acceleration of a length."""
     op = problem.operator
     if side == "iterative":
-        numbers = n_landmarks(op.n_samples) * (op.n_samples + 4 * n_landmarks(op.n_samples))
+        numbers = n_landmarks(op.n_samples) * (op.local.n_samples + 4 * n_landmarks(op.n_samples))
     else:
         numbers = 2 * (op.n_samples if side == "samples" else op.n_features) ** 2
     unknowns = op.n_features * op.n_outputs + (0 if problem.loss.name == "squared" else problem.Y.numel())
@@ -48,8 +49,12 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
 
 
 def fits(problem: Problem, needed: int) -> bool:
-    """Whether matrices of so many bytes fit in the memory that is free."""
-    return needed <= _SHARE * available_bytes(problem.device)
+    """Whether matrices of so many bytes fit in the memory that is free, for each of several processes."""
+    group, free = problem.operator.group, _SHARE * available_bytes(problem.device)
+    if group is None:
+        return needed <= free
+    beside = group.size_here if problem.device.type == "cpu" else 1
+    return not group.any(needed * beside > free)
 
 
 def choose_side(problem: Problem, memory: int) -> str:
