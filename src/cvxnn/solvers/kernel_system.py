@@ -18,7 +18,7 @@ __all__ = ["KernelSystem"]
 Array = NDArray[Any]
 
 #: From so many samples on the kernel is kept and factored in float32.
-_SINGLE_FROM = 1_000
+_SINGLE_FROM = 300
 
 
 class KernelSystem(RowSystem):
