@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "comparison"
 def scripts(monkeypatch):
     """The folder with results.py and table.py as the place to import from."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("results", "table"):
+    for name in ("results", "table", "summary"):
         sys.modules.pop(name, None)
 
 
@@ -73,9 +73,17 @@ def test_factors_have_the_objective_of_their_blocks(objective):
 @pytest.mark.usefixtures("scripts")
 def test_seconds_to_a_gap_and_the_table():
     from results import seconds_to
-    from table import markdown, ratios
+    from table import markdown, ratios, times
 
-    shared = {"dataset": "some", "beta": 0.1, "n_gates": 5, "cap": 60, "repetition": 0, "test_accuracy": 0.9}
+    shared = {
+        "dataset": "some",
+        "beta": 0.1,
+        "absolute": False,
+        "n_gates": 5,
+        "cap": 60,
+        "repetition": 0,
+        "test_accuracy": 0.9,
+    }
     peer = {**shared, "solver": "peer"}
     curve = pd.DataFrame(
         [{**peer, "stop_val": i, "seconds": s, "gap": g} for i, (s, g) in enumerate([(1, 1e-2), (4, 1e-4), (9, 1e-5)])]
@@ -95,6 +103,19 @@ def test_seconds_to_a_gap_and_the_table():
     # A gap that happens to be small is not yet proven at the tolerance asked for.
     assert seconds_to(ours, 1e-4) == 0.2
     assert seconds_to(ours, 1e-6) == 0.4
-    text = markdown(pd.concat([curve, ours]))
+    table = times(pd.concat([curve, ours]))
+    text = markdown(table)
     assert "4 / not in 60" in text and "0.2 / 0.4" in text
-    assert "| geometric mean | 0.0001 | | | | 20 |" in ratios(pd.concat([curve, ours]))
+    assert "| geometric mean | 0.0001 | | | | 20 |" in ratios(table)
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("page", ["README.md", "docs/results/peers.md"])
+def test_tables_on_pages_are_those_of_the_figures(page):
+    from table import PAGES, page_table
+
+    root = FOLDER.parents[1]
+    text = (root / page).read_text()
+    inside = text.split("<!-- peers:begin -->\n")[1].split("<!-- peers:end -->")[0]
+    assert inside == page_table(page, root / "docs" / "results" / "comparison")
+    assert set(PAGES) >= {page}

@@ -10,7 +10,7 @@ import pandas as pd
 
 __all__ = ["INSTANCE", "draw", "read_run", "seconds_to"]
 
-INSTANCE = ["dataset", "beta", "n_gates"]
+INSTANCE = ["dataset", "beta", "absolute", "n_gates"]
 #: Points of a curve whose seconds are at least so much of each other are interpolated.
 _NEAR = 0.1
 _COLUMNS = {
@@ -74,7 +74,7 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     for axis in axes.flat[len(instances) :]:
         axis.set_visible(False)
-    for axis, ((dataset, beta, n_gates), part) in zip(axes.flat, instances, strict=False):
+    for axis, ((dataset, beta, _, n_gates), part) in zip(axes.flat, instances, strict=False):
         for name, curve in part.groupby("solver"):
             points = curve[curve["gap"].notna() & (curve["seconds"] > 0)].sort_values("seconds")
             if len(points):

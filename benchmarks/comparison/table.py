@@ -1,7 +1,7 @@
-"""Tables from the CSV of the comparison: `python benchmarks/comparison/table.py FILE.csv ... [--write PAGE.md]`.
+"""Tables from the figures of the comparison: `python benchmarks/comparison/table.py FILE.csv ...`.
 
-With --write the lines between `<!-- peers:begin -->` and `<!-- peers:end -->` are replaced: by all tables, or with
---summary by the short one of the README.
+With --pages the lines between `<!-- peers:begin -->` and `<!-- peers:end -->` of the README and of the page with all
+results are made from the figures in docs/results/comparison.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from results import INSTANCE, seconds_to
 from summary import summary
 
 TOLERANCES = (1e-4, 1e-6)
+_ROOT = Path(__file__).resolve().parents[2]
 _MARKS = re.compile(r"(<!-- peers:begin -->\n).*?(<!-- peers:end -->)", re.DOTALL)
 
 
@@ -34,6 +35,10 @@ def times(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(entries)
 
 
+def _name(dataset: str, beta: float, absolute: bool, n_gates: int) -> str:
+    return f"{dataset}, P = {n_gates}, beta = {beta:g}" + ("" if absolute else " beta_max")
+
+
 def _seconds(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
@@ -45,12 +50,11 @@ def _cell(entry: pd.Series, tol: float) -> str:
     return _seconds(entry[tol]) if math.isfinite(entry[tol]) else f"not in {entry['cap']:g}"
 
 
-def markdown(rows: pd.DataFrame) -> str:
-    """One table: a line per solver, two columns per instance, and the accuracy."""
-    table = times(rows)
+def markdown(table: pd.DataFrame) -> str:
+    """A line per solver and a column per instance: seconds to two gaps, and the accuracy; from :func:`times`."""
     instances = list(table.groupby(INSTANCE, sort=False).groups)
     head = ["Seconds to a relative gap of 1e-4 / 1e-6"]
-    head += [f"{dataset}, P = {gates}, beta = {beta:g} beta_max" for dataset, beta, gates in instances]
+    head += [_name(*instance) for instance in instances]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for solver in table["solver"].unique():
         cells = [solver]
@@ -69,9 +73,8 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratios(rows: pd.DataFrame, ours: str = "cvxnn-auto") -> str:
+def ratios(table: pd.DataFrame, ours: str = "cvxnn-auto") -> str:
     """How many times less than the best peer, per instance, with the geometric mean; caps count as times."""
-    table = times(rows)
     table = table[~table["without_gap"]]
     lines = ["| Instance | gap | ours, s | best peer | its seconds | ratio |", "| --- | --- | --- | --- | --- | --- |"]
     logs: dict[float, list[float]] = {tol: [] for tol in TOLERANCES}
@@ -84,9 +87,8 @@ def ratios(rows: pd.DataFrame, ours: str = "cvxnn-auto") -> str:
             theirs, our = min(best[tol], best["cap"]), mine.iloc[0][tol]
             logs[tol].append(math.log(theirs / our))
             mark = "" if math.isfinite(best[tol]) else " (cap)"
-            name = f"{instance[0]}, P = {instance[2]}, beta = {instance[1]:g}"
             lines.append(
-                f"| {name} | {tol:g} | {_seconds(our)} | {best['solver']} | {_seconds(theirs)}{mark} | "
+                f"| {_name(*instance)} | {tol:g} | {_seconds(our)} | {best['solver']} | {_seconds(theirs)}{mark} | "
                 f"{theirs / our:.2g} |"
             )
     for tol, values in logs.items():
@@ -95,27 +97,43 @@ def ratios(rows: pd.DataFrame, ours: str = "cvxnn-auto") -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Pages with a table, and the figures that it is made of.
+PAGES = {
+    "README.md": ("small", "digits_ten"),
+    "docs/results/peers.md": ("one_output", "small", "digits_ten", "ten_outputs"),
+}
+
+
+def page_table(page: str, folder: Path) -> str:
+    """The table of a page, from the CSV files of a folder."""
+    tables = [times(pd.read_csv(folder / f"{name}.csv")) for name in PAGES[page]]
+    if page == "README.md":
+        return summary(pd.concat(tables, ignore_index=True), beta=0.01, n_gates=100, tol=1e-6)
+    return "\n".join(text for table in tables for text in (*all_tables(table), ratios(table)))
+
+
+def all_tables(table: pd.DataFrame) -> list[str]:
+    """One table per data set and number of gates."""
+    return [markdown(part) for _, part in table.groupby(["dataset", "n_gates"], sort=False)]
+
+
 def main() -> None:
-    """Print the tables, or write the first one into a page."""
+    """Print the tables of some figures, or write those of the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path, nargs="+")
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--summary", action="store_true", help="the table of the README")
-    parser.add_argument("--beta", type=float, default=0.01, help="of the summary, relative to beta_max")
+    parser.add_argument("csv", type=Path, nargs="*")
+    parser.add_argument(
+        "--pages", action="store_true", help="write the tables of the pages, from docs/results/comparison"
+    )
     arguments = parser.parse_args()
-    rows = pd.concat([pd.read_csv(file) for file in arguments.csv], ignore_index=True)
-    if arguments.summary:
-        text = summary(times(rows), arguments.beta, n_gates=100, tol=1e-6)
-    else:
-        parts = [markdown(part) for _, part in rows.groupby(["dataset", "n_gates"], sort=False)]
-        text = "\n".join([*parts, ratios(rows)])
-    if arguments.write is None:
-        print(text)
-        return
-    page = arguments.write.read_text()
-    if not _MARKS.search(page):
-        parser.error(f"{arguments.write} has no lines <!-- peers:begin --> and <!-- peers:end -->")
-    arguments.write.write_text(_MARKS.sub(lambda match: match[1] + text + match[2], page))
+    if not arguments.csv and not arguments.pages:
+        parser.error("files with figures are wanted, or --pages")
+    for file in arguments.csv:
+        table = times(pd.read_csv(file))
+        print("\n".join([*all_tables(table), ratios(table)]))
+    for page in PAGES if arguments.pages else ():
+        file = _ROOT / page
+        text = page_table(page, _ROOT / "docs" / "results" / "comparison")
+        file.write_text(_MARKS.sub(lambda match: match[1] + text + match[2], file.read_text()))  # noqa: B023
 
 
 if __name__ == "__main__":
