@@ -1,5 +1,7 @@
 """The map of the CNN, its adjoint and all its shortcuts, against patches and pooling written out."""
 
+import math
+
 import mpmath
 import numpy as np
 import pytest
@@ -253,3 +255,38 @@ def test_wrong_poolings(pooling, message):
 def test_a_filter_larger_than_the_image():
     with pytest.raises(InvalidInputError, match="filter_size has a height of 5"):
         PatchGeometry((5, 1), (1, 1), (1, 0), False).grid(2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("first", ["norms", "features"])
+def test_norms_of_patches_from_the_pass_that_pools_them(dtype, first):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(31, 2, 5, 6, generator=generator, dtype=dtype)
+    geometry = PatchGeometry((2, 3), (1, 2), (1, 0), True)
+    pooling = torch.randn(3, math.prod(geometry.grid(5, 6)), generator=generator, dtype=torch.float64)
+    gates = torch.randn(geometry.length(2), 4, generator=generator, dtype=torch.float64).numpy()
+    kept, plain = (
+        CNNOperator(images, 2, geometry, pooling, gates, features=features).double()
+        for features in ("cached", "recomputed")
+    )
+    if first == "features":
+        kept.features(slice(0, 31))
+    assert torch.equal(kept._cell_norms, plain._cell_norms)
+    assert torch.equal(kept.row_squares, plain.row_squares)
+    part = kept.select(torch.tensor([2, 0]))
+    assert torch.equal(part._cell_norms, plain._cell_norms)
+    rows = torch.tensor([4, 30, 7])
+    assert torch.allclose(kept.subset(rows)._cell_norms, plain._cell_norms[rows], rtol=1e-14)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_of_single_positions(bias):
+    images = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    geometry = PatchGeometry((1, 1), (1, 1), (0, 0), bias)
+    columns = torch.nn.functional.unfold(images, 1).mT
+    for given in (images, images.contiguous(memory_format=torch.channels_last), images[:, :, ::2, 1:]):
+        patches = geometry(given)
+        assert torch.equal(patches[:, :, :4], torch.nn.functional.unfold(given.contiguous(), 1).mT)
+        assert patches.shape[2] == 4 + bias
+        assert bool((patches[:, :, 4:] == 1).all())
+    assert torch.equal(geometry(images)[:, :, :4], columns)

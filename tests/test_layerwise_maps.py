@@ -203,3 +203,58 @@ def test_the_network_is_the_one_that_was_trained_despite_backgrounds(maps):
         3, n_gates=10, epochs=3, step=0.1, gate_quantile=0.6, maps=maps, certify=False, random_state=0, device="cpu"
     ).fit(images, labels)
     assert found.staged_score(images, labels) == [stage.accuracy for stage in found.stages_]
+
+
+def test_what_readings_differ_by_does_not_depend_on_who_reads_first():
+    """The norm that it is relative to is noted as maps are read, and otherwise computed when it is asked for."""
+    asked, read, some = (chain("recomputed", dtype, n=30)[3] for dtype in [torch.float64] * 3)
+    read[:]
+    some[torch.tensor([3, 17, 4])]
+    assert 0 < asked.rounding < 1e-10
+    assert read.rounding == pytest.approx(asked.rounding, rel=1e-12)
+    assert some.rounding == pytest.approx(asked.rounding, rel=1e-12)
+    single = chain("recomputed", torch.float32, n=30)[3]
+    single[:]
+    double = single.double()
+    double[torch.arange(20)]
+    assert single.rounding == double.rounding > 0
+
+
+def test_readings_of_many_and_of_few_samples_agree():
+    maps = chain("recomputed", n=40)[3]
+    maps._together = 7
+    few = torch.cat([maps[rows : rows + 1] for rows in range(40)])
+    scale = 1e-13 * float(few.abs().max())
+    assert torch.allclose(maps[:], few, rtol=0, atol=scale)
+    assert torch.allclose(maps[5:39:3], few[5:39:3], rtol=0, atol=scale)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(maps[order], few[order], rtol=0, atol=scale)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_maps_of_convex_stages_are_formed_few_times(precision, monkeypatch):
+    """Gates with thresholds moved off ties in one pass, pooled patches with what certificates rest on in another."""
+    images, labels = with_background(400)
+    # More than 2^17 patches, which are not all looked at together.
+    images = np.concatenate([images] * 4)
+    labels = np.tile(labels, 4)
+    read = {torch.float32: 0, torch.float64: 0}
+    whole = StageMaps._maps
+
+    def counted(self, images, active):
+        read[images.dtype] += len(images)
+        return whole(self, images, active)
+
+    monkeypatch.setattr(StageMaps, "_maps", counted)
+    options = {"n_gates": 4, "gate_quantile": 0.6, "width": 3, "method": "convex", "tol": 1e-2, "random_state": 0}
+    options |= {"maps": "recomputed", "features": "cached", "precision": precision, "normalize": [True, False]}
+    model = LayerwiseCNNClassifier(2, **options).fit(images, labels)
+    assert model.stages_[1].certificate.relative_gap <= 1e-2
+    n = len(labels)
+    # All of them are among the 4,096 images that patches are drawn from, for gates and again for ties.
+    drawn = 2 * n
+    if precision == "float64":
+        assert read == {torch.float32: 0, torch.float64: drawn + 2 * n}
+    else:
+        assert read[torch.float64] <= drawn + 2 * n
+        assert read[torch.float32] <= 2 * n

@@ -128,8 +128,9 @@ class StageMaps(ImageSource):
 
         return gather_bits(len(self), None, layer.gates.shape[1], self.device, part, self._together)
 
+    @torch.no_grad()
     def _maps(self, images: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        maps = self.reduction(self.layer.maps(images, active).detach(), self._half)
+        maps = self.reduction(self.layer.maps(images, active), self._half)
         return spaced(unshuffle(maps) if self.downsample else maps, self.gap)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,8 @@ class StageMaps(ImageSource):
         if len(index) <= self._together:
             return self._read(rows)
         # Larger batches are slower: on a CPU memory is mapped anew for each.
-        maps = torch.empty(len(index), *self.shape[1:], dtype=self.dtype, device=self.device)
+        shape = (len(index), *self.shape[1:])
+        maps = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
         for place in row_batches(len(index), 1, self._together):
             maps[place] = self._read(index[place])
         return maps
@@ -217,8 +219,9 @@ def channel_scales(
     positions = math.prod(layer.geometry.grid(height, width))
     size = images.dtype.itemsize * positions * (2 * layer.filters.shape[1] + 4 * layer.n_channels)
     total = torch.zeros(layer.n_channels, dtype=torch.float64, device=images.device)
-    for rows in row_batches(n, size, _BATCH_BYTES):
-        total += layer.maps(images[rows]).detach().double().square().sum((0, 2, 3))
+    with torch.no_grad():
+        for rows in row_batches(n, size, _BATCH_BYTES):
+            total += layer.maps(images[rows]).double().square().sum((0, 2, 3))
     if group is not None:
         n = int(group.sums(n)[0])
         group.add_up(total)

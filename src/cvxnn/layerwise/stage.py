@@ -106,7 +106,8 @@ class GatedConvolution(nn.Module):
         filters = self.filters.to(images.dtype)
         if active is None:
             active = convolve(images, self.gates.T.to(images.dtype), self.geometry) >= 0
-        maps = convolve(images, filters, self.geometry) * self.spread(active)
+        maps, spread = convolve(images, filters, self.geometry), self.spread(active)
+        maps = maps * spread if maps.requires_grad else maps.mul_(spread)
         return maps.mT.unflatten(2, self.geometry.grid(*images.shape[2:]))
 
     def spread(self, active: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class GatedConvolution(nn.Module):
         n_gates, r = self.gates.shape[1], len(self.gate_index)
         if r == n_gates and bool((self.gate_index[1:] > self.gate_index[:-1]).all()):
             return active
-        return active[:, :, self.gate_index]
+        return active.index_select(2, self.gate_index)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedConvolution:
         # Conversions of the module move the gates, but never round them.

@@ -27,7 +27,8 @@ _PATCHES = 2**17
 #: Numbers in the patches that are drawn, unless there would be fewer patches than four times their length.
 _NUMBERS = 2**26
 _IMAGES = 4096
-_BATCH_BYTES = 2**27
+#: Bytes of the patches of one batch of images: on a CPU larger ones are slower, as memory is mapped anew for each.
+_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def choose_patch_gates(
         found = np.concatenate([found, moved[:, changed]], axis=1)
     vectors = torch.from_numpy(found).to(images.device)
     size = 8 * n_patches * (2 * geometry.length(images.shape[1]) + 2 * found.shape[1])
-    batches = row_batches(len(held), size, _BATCH_BYTES)
+    batches = row_batches(len(held), size, _batch_bytes(images))
     bits = patch_bits(len(held), patches, vectors, batches[0].stop)
     if gates is not None:
         return PatchGates(found, bits, scope)
@@ -136,6 +137,10 @@ def choose_patch_gates(
     return PatchGates(np.ascontiguousarray(found[:, place[kept]]), bits, scope)
 
 
+def _batch_bytes(images: torch.Tensor | ImageSource) -> int:
+    return _BATCH_BYTES.get(images.device.type, _BATCH_BYTES["cuda"])
+
+
 def _drawn_patches(
     images: torch.Tensor | ImageSource, geometry: PatchGeometry, n_patches: int, random_state: Any
 ) -> torch.Tensor:
@@ -147,7 +152,7 @@ def _drawn_patches(
     wanted = min(_PATCHES, max(_NUMBERS // length, 4 * length))
     each = min(n_patches, -(-wanted // len(chosen)))
     parts = []
-    together = max(1, min(256, _BATCH_BYTES // (16 * n_patches * length)))
+    together = max(1, min(256, _batch_bytes(images) // (16 * n_patches * length)))
     for part in np.array_split(chosen, -(-len(chosen) // together)):
         rows = geometry(images[torch.from_numpy(part).to(images.device)].double())
         place = torch.from_numpy(rng.random((len(part), n_patches)).argsort(1)[:, :each]).to(images.device)
