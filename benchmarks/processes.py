@@ -38,6 +38,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gates, `admm`": ("admm", {"max_iter": 10, "solver_options": {"side": "samples"}}, "gates"),
     "gates, `fista`": ("fista", {"max_iter": 10}, "gates"),
     "gates, `bm_gd`": ("bm_gd", {"max_iter": 20, "rank": 2}, "gates"),
+    "gates, `bm_lbfgs`": ("bm_lbfgs", {"max_iter": 1, "rank": 2, "solver_options": {"inner_iter": 20}}, "gates"),
 }
 
 #: Before the processes start: one thread each, and no memory that is kept when it is free.

@@ -19,6 +19,7 @@ SOLVERS = {
     "admm": {"max_iter": 25, "solver_options": {"side": "samples"}},
     "admm, iterative": {"max_iter": 25, "solver_options": {"side": "iterative"}},
     "fista": {"max_iter": 20},
+    "bm_lbfgs": {"max_iter": 2, "solver_options": {"inner_iter": 15}},
     "bm_gd": {"max_iter": 30, "solver_options": {"step": None}},
     "bm_noisy_gd": {"max_iter": 12, "solver_options": {"every": 3, "threshold": 1e9}},
     "bm_sgd": {"max_iter": 2, "solver_options": {"batch_size": 32}},
@@ -64,7 +65,7 @@ def answers(group, folder):
     found["prox"] = worker.facts(norms, cvxnn.solve(norms, "fista", max_iter=20, tol=1e-9))
     images = np.random.default_rng(0).standard_normal((41, 2, 5, 5))
     pictures = cvxnn.cnn_problem(images, np.arange(41) % 3, n_gates=5, beta=3e-3, output_bias=True)
-    for name in ("admm", "fista", "bm_gd"):
+    for name in ("admm", "fista", "bm_gd", "bm_lbfgs"):
         result = cvxnn.solve(pictures, name, random_state=0, tol=1e-9, **SOLVERS[name])
         network = result.network()(torch.from_numpy(images[:5]))
         found[f"cnn {name}"] = worker.facts(pictures, result) | {"outputs": network.tolist()}

@@ -12,6 +12,7 @@ from cvxnn.columns import Columns
 from cvxnn.solvers.base import Iterate
 from cvxnn.solvers.burer_monteiro.base import BurerMonteiro
 from cvxnn.solvers.lbfgs import minimise
+from cvxnn.solvers.shared_lbfgs import minimise_shared
 from cvxnn.validation import check_integer
 
 __all__ = ["BmLbfgs"]
@@ -45,6 +46,8 @@ class BmLbfgs(BurerMonteiro):
     Options = LbfgsOptions
     default_max_iter: ClassVar[int] = 500
     sharded: ClassVar[bool] = True
+    shares_gates: ClassVar[bool] = True
+    per_gate: ClassVar[tuple[str, ...]] = ("gate", "u", "v")
     check_every: ClassVar[int] = 1
     double = True
 
@@ -61,14 +64,12 @@ class BmLbfgs(BurerMonteiro):
             gradients = [slopes.left.add_(u, alpha=beta), slopes.right.add_(v, alpha=beta), slopes.intercept]
             return slopes.value + self.penalty(columns), gradients
 
-        found = minimise(
-            objective,
-            [self.columns.u, self.columns.v, self.intercept],
-            self.options.inner_iter,
-            gtol=1e-12 * beta,
-            ftol=0.0,
-            history=self.options.history,
-            deadline=None if self.time_limit is None or self.op.group is not None else self.begin + self.time_limit,
-        )
+        start = [self.columns.u, self.columns.v, self.intercept]
+        limit, history, gtol = self.options.inner_iter, self.options.history, 1e-12 * beta
+        if self.op.shares_gates:
+            found = minimise_shared(objective, start, limit, operator=self.op, n_common=1, gtol=gtol, history=history)
+        else:
+            deadline = None if self.time_limit is None or self.op.group is not None else self.begin + self.time_limit
+            found = minimise(objective, start, limit, gtol=gtol, ftol=0.0, history=history, deadline=deadline)
         self.columns, self.intercept = Columns(gate, *found.parts[:2]), found.parts[2]
         self.finished = not found.at_limit
