@@ -115,6 +115,11 @@ class KernelSystem:
         """Whether the kernel is in float32."""
         return self.dtype == np.float32
 
+    @property
+    def drifts(self) -> bool:
+        """Whether rounding in what is added up from changes may count."""
+        return self.single or self.largest > 1e8 * self.rho
+
     def _set_kernel(self, dtype: type) -> None:
         self.dtype, self.low = dtype, self._rows.astype(dtype)
         # What there is in the other precision goes first.
@@ -199,7 +204,7 @@ class KernelSystem:
 
     def refresh(self, blocks: Array) -> None:
         """Form K r anew from A*(r) in float64."""
-        if self.single:
+        if self.drifts:
             self._image = self._rows.apply(blocks)
 
     def state(self) -> dict[str, Any]:
