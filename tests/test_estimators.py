@@ -199,6 +199,11 @@ def test_numbers_that_cannot_be_squared_are_refused():
         classifier().fit(X * 1e160, LABELS)
     with pytest.raises(InvalidInputError, match=r"X has entries of up to .* overflow in float32"):
         classifier(dtype="float32").fit(X * 1e25, LABELS)
+    with pytest.raises(InvalidInputError, match=r"X has entries of up to .* underflow in float32; rescale"):
+        classifier(dtype="float32", hidden_bias=False).fit(X * 1e-25, LABELS)
+    with pytest.raises(InvalidInputError, match=r"images has entries of up to .* underflow in float64; rescale"):
+        cvxnn.cnn_problem(np.full((3, 1, 2, 2), 1e-160), np.arange(3), n_gates=1, beta=1.0, filter_size=1)
+    cvxnn.cnn_problem(np.full((3, 1, 2, 2), 1e-160), np.arange(3), n_gates=1, beta=1.0, filter_size=1, hidden_bias=True)
     with pytest.raises(InvalidInputError, match=r"Y has entries of up to .* underflow"):
         regressor().fit(X, TARGET * 1e-200)
 

@@ -194,6 +194,10 @@ def test_parquet_errors(table, tmp_path):
         rows.read(slice(0, 3))
     pd.DataFrame({"a": [1.0, None, 2.0], "y": [1.0, 2.0, 3.0]}).to_parquet(tmp_path / "gaps.parquet")
     gaps = cvxnn.ParquetRows(tmp_path / "gaps.parquet", target="y")
+    tiny = np.memmap(tmp_path / "tiny.bin", dtype=np.float64, mode="w+", shape=(4, 2))
+    tiny[:] = 1e-160
+    with pytest.raises(InvalidInputError, match="X has entries of up to 1e-160, whose squares underflow in float64"):
+        cvxnn.mlp_problem(tiny, np.arange(4) % 2)
     with pytest.raises(InvalidInputError, match="NaN, infinity or a number too large for float64 in row 1"):
         cvxnn.mlp_problem(gaps, gaps.targets(), n_gates=3)
 

@@ -244,6 +244,21 @@ def test_refused_before_the_start(arguments, message):
         cvxnn.solve(make_problem(), **arguments)
 
 
+@pytest.mark.parametrize("solver", ["admm", "fista"])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("float32", 2e-19), ("float32", 1e16), ("float64", 1e-153), ("float64", 1e140)], ids=str
+)
+@pytest.mark.parametrize("architecture", ["mlp", "cnn"])
+def test_data_of_any_size_are_solved(architecture, dtype, scale, solver):
+    rng = np.random.default_rng(0)
+    Y, options = rng.standard_normal((30, 2)), {"n_gates": 4, "dtype": dtype, "beta": 1.0}
+    if architecture == "mlp":
+        problem = cvxnn.mlp_problem(scale * rng.standard_normal((30, 4)), Y, **options)
+    else:
+        problem = cvxnn.cnn_problem(scale * rng.standard_normal((30, 1, 5, 5)), Y, **options)
+    check(cvxnn.solve(problem.with_beta(0.3 * problem.beta_max), solver, tol=1e-4, max_iter=1_000), 1e-4)
+
+
 SWITCHES = [
     (name, option.name) for name, kind in SOLVERS.items() for option in fields(kind.Options) if option.type == "bool"
 ]

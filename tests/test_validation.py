@@ -159,14 +159,19 @@ def test_weights_accepted():
 
 def test_range():
     check_range(torch.tensor([[1e150]], dtype=torch.float64), "X")
-    check_range(torch.zeros(2, 2), "Y", squares_count=True)
-    check_range(torch.tensor([[1e-300]], dtype=torch.float64), "X")
+    check_range(torch.zeros(2, 2), "Y", least=1e-145)
+    check_range(torch.tensor([[1e-300, 1e-150]], dtype=torch.float64), "X")
+    check_range(torch.tensor([[1e-30, 1e-18]]), "X")
+    with pytest.raises(InvalidInputError, match="X has entries of up to 1e-160, whose squares underflow in float64"):
+        check_range(torch.tensor([[1e-160]], dtype=torch.float64), "X")
+    with pytest.raises(InvalidInputError, match="X has entries of up to 1e-25, whose squares underflow in float32"):
+        check_range(torch.tensor([[1e-25, 0.0]]), "X")
     with pytest.raises(InvalidInputError, match=r"X has entries of up to 1e\+160, whose squares overflow in float64"):
         check_range(torch.tensor([[1e160]], dtype=torch.float64), "X")
     with pytest.raises(InvalidInputError, match="overflow in float32"):
         check_range(torch.tensor([[1e30]]), "X")
-    with pytest.raises(InvalidInputError, match="Y has entries of up to 1e-200, whose squares underflow"):
-        check_range(torch.tensor([[1e-200]], dtype=torch.float64), "Y", squares_count=True)
+    with pytest.raises(InvalidInputError, match="Y has entries of up to 1e-150, whose squares underflow"):
+        check_range(torch.tensor([[1e-150]], dtype=torch.float64), "Y", least=1e-145)
 
 
 def test_device_and_dtype():

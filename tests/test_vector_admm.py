@@ -197,6 +197,25 @@ def test_needs_fewer_steps_than_admm():
         assert check_against_admm(problem).n_iter < cvxnn.solve(problem, "admm", tol=TOL).n_iter
 
 
+def tiny_beside_ones(scale):
+    X, Y = data(40, 3)
+    options = {"n_gates": 10, "hidden_bias": True, "output_bias": True, "reduction": "sum"}
+    return problem_of(scale * X, Y, 1e-2, **options)
+
+
+def test_tiny_columns_beside_ones_are_solved():
+    result = cvxnn.solve(tiny_beside_ones(1e-6), "vector_admm", tol=3e-7, max_iter=200)
+    assert result.status == "certified"
+
+
+@pytest.mark.parametrize("solver", ["vector_admm", "admm"])
+def test_runs_that_rounding_stops_end_and_say_why(solver):
+    result = cvxnn.solve(tiny_beside_ones(1e-9), solver, tol=1e-9, max_iter=5_000)
+    assert result.status == "stationary"
+    assert result.n_iter < 3_000
+    assert "columns of X differ by too much in size" in result.message
+
+
 def test_what_is_free_is_looked_up_in_one_place(monkeypatch):
     monkeypatch.setattr(sides, "available_bytes", lambda device: 1000)
     with pytest.raises(UnsupportedError, match=r"its matrices need .* GiB, more than is free; use 'admm'"):

@@ -28,6 +28,7 @@ __all__ = [
     "read_images",
     "resolve_device",
     "resolve_dtype",
+    "smallest_squared",
     "without_copy",
 ]
 
@@ -250,15 +251,20 @@ def _are_fractions(values: np.ndarray) -> bool:
     return numbers and not all(float(value).is_integer() for value in values)
 
 
-def check_range(values: torch.Tensor, name: str, *, squares_count: bool = False) -> None:
-    """Refuse finite numbers whose squares overflow in their type or, where these count, underflow in float64."""
+def smallest_squared(dtype: torch.dtype) -> float:
+    """The smallest number whose square does not underflow."""
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
+def check_range(values: torch.Tensor, name: str, *, least: float | None = None) -> None:
+    """Refuse finite numbers whose squares overflow in their type, or all underflow there, or are all below `least`."""
     largest = max(float(part.abs().max()) for part in values.split(65_536))
     kind = str(values.dtype).removeprefix("torch.")
     seen = f"{name} has entries of up to {largest:g}, whose squares"
     if largest > math.sqrt(torch.finfo(values.dtype).max / values.numel()):
         raise InvalidInputError(f"{seen} overflow in {kind}; rescale it")
-    if squares_count and 0 < largest < 1e-145:
-        raise InvalidInputError(f"{seen} underflow; rescale it")
+    if 0 < largest < (smallest_squared(values.dtype) if least is None else least):
+        raise InvalidInputError(f"{seen} underflow in {kind}; rescale it")
 
 
 def check_sample_weight(sample_weight: Any, n_samples: int) -> np.ndarray:

@@ -126,7 +126,7 @@ def attention_problem(
     task = read_task(Y, activation, beta, loss, reduction, norms, sample_weight, False, output_bias, dtype, device)
     task.check_samples(len(array), rows)
     tensor = torch.tensor(array, dtype=task.dtype).to(task.device)
-    check_range(tensor, "tokens")
+    check_range(tensor, "tokens", least=0.0)
     _check_cubes(tensor)
     found = found.to(task.device)
     queries = Queries.of_mask(found, output)

@@ -138,7 +138,8 @@ def cnn_problem(
     pool = pooling_matrix(pooling, grid)
     tensor = data if isinstance(data, ImageSource) else torch.tensor(data, dtype=task.dtype).to(task.device)
     if isinstance(tensor, torch.Tensor):
-        check_range(tensor, "images")
+        # Patches with a one are not small.
+        check_range(tensor, "images", least=0.0 if task.hidden_bias else None)
 
     held = tensor.local if isinstance(tensor, SharedImages) else tensor
     arguments = held, task.n_outputs, geometry, pool

@@ -15,6 +15,7 @@ from cvxnn.operators import MappedRows, Operator, Rows, RowSource, ShardedOperat
 from cvxnn.patterns import patch_bits
 from cvxnn.problems.distinct import distinct_everywhere
 from cvxnn.problems.task import Task
+from cvxnn.validation import smallest_squared
 
 __all__ = ["as_row_source", "streamed_operator"]
 
@@ -86,8 +87,11 @@ def _scan(rows: Rows, total: int) -> torch.Tensor:
             )
         largest = max(largest, float(part.abs().max()))
         informative[batch] = part.any(1).cpu()
-    if largest > limit:
-        raise InvalidInputError(f"X has entries of up to {largest:g}, whose squares overflow in {kind}; rescale it")
+    # A share of the samples may be small beside the others.
+    underflow = len(rows) == total and 0 < largest < smallest_squared(rows.dtype)
+    if largest > limit or underflow:
+        way = "underflow" if underflow else "overflow"
+        raise InvalidInputError(f"X has entries of up to {largest:g}, whose squares {way} in {kind}; rescale it")
     return informative
 
 

@@ -54,7 +54,7 @@ class Task:
         self._total = weights.sum()
         self.sample_weight = weights if rows is None else weights[rows]
         self.Y = torch.tensor(targets, dtype=self.dtype)
-        check_range(self.Y, "Y", squares_count=True)
+        check_range(self.Y, "Y", least=1e-145)
         self.loss.check_targets(self.Y)
 
     @property

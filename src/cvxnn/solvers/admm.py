@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from cvxnn.certificates import relative_gap
+from cvxnn.certificates import Certificate, relative_gap
 from cvxnn.errors import UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
-from cvxnn.solvers.base import Iterate, Solver, check_relaxation
+from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver, check_relaxation
 from cvxnn.solvers.iterative_ridge import IterativeRidge
 from cvxnn.solvers.ridge import FeatureRidge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
@@ -278,6 +278,18 @@ class Admm(Solver):
         _, here = self.ridge.dual_values(self.W)
         primal = here.square / 2 + problem.beta * float(problem.norm.value(self.W)[1].sum())
         return relative_gap(primal, lower)
+
+    def _is_ill_conditioned(self) -> bool:
+        """Whether A A* is so large beside the penalties, by a bound of its trace over the gates."""
+        penalties = self.weights if self.squared else self._penalties()
+        largest = float(penalties.sum(dtype=torch.float64)) * self.op.double().prediction_norm ** 2
+        return largest > ILL_CONDITIONED * self.rho
+
+    def limited_by_rounding(self) -> bool:
+        return self._is_ill_conditioned() or super().limited_by_rounding()
+
+    def message(self, certificate: Certificate) -> str:
+        return UNEVEN_DATA if self._is_ill_conditioned() else ""
 
     def state(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,15 @@ from cvxnn.errors import InvalidInputError
 from cvxnn.problem import Problem
 from cvxnn.validation import check_positive
 
-__all__ = ["Iterate", "Solver", "check_relaxation", "make_options"]
+__all__ = ["ILL_CONDITIONED", "UNEVEN_DATA", "Iterate", "Solver", "check_relaxation", "make_options"]
+
+#: Largest eigenvalue of A A* over the penalty of ADMM from which its steps are inexact in float64.
+ILL_CONDITIONED = 1e13
+#: What a run that ends there says.
+UNEVEN_DATA = (
+    "rounding errors limit the steps: columns of X differ by too much in size for this beta, as tiny ones beside a "
+    "column of ones do; rescale them"
+)
 
 
 @dataclass
@@ -128,6 +136,10 @@ class Solver(ABC):
     def facts(self) -> dict[str, Any]:
         """More that an entry of the trace should hold."""
         return {}
+
+    def limited_by_rounding(self) -> bool:
+        """Whether rounding errors may be what keeps the gap from falling: a run that stands still is then ended."""
+        return self.problem.dtype == torch.float32
 
     def message(self, certificate: Certificate) -> str:
         """What a user should know about a run that ended at a stationary point above the tolerance."""

@@ -108,10 +108,9 @@ class _Best:
             if entry["relative_gap"] < 0.99 * self.improved_to:
                 self.improved_to, self.improved_at = entry["relative_gap"], entry["iteration"]
 
-    def stalled(self, iteration: int, dtype: torch.dtype) -> bool:
-        """Whether a run in single precision has stopped improving: its rounding errors are the limit."""
-        window = max(1000, iteration // 2)
-        return dtype == torch.float32 and iteration - self.improved_at > window
+    def stalled(self, iteration: int) -> bool:
+        """Whether the gap has stood still for long."""
+        return iteration - self.improved_at > max(1000, iteration // 2)
 
 
 def run(
@@ -202,7 +201,7 @@ def run(
                         status = "interrupted"
                     elif out_of_time:
                         status = "time_limit"
-                    elif solver.finished or best.stalled(iteration, problem.dtype):
+                    elif solver.finished or (best.stalled(iteration) and solver.limited_by_rounding()):
                         status = "stationary"
                     elif iteration < max_iter:
                         if store is not None:

@@ -38,7 +38,10 @@ class FistaOptions:
 
 
 class Fista(Solver):
-    """Proximal gradient on Z; an intercept is minimised out at every point."""
+    """Proximal gradient on Z; an intercept is minimised out at every point.
+
+    Z is scaled so that A has about norm 1: its squares, and those of A, then neither overflow nor underflow.
+    """
 
     name = "fista"
     Options = FistaOptions
@@ -60,23 +63,31 @@ class Fista(Solver):
 
     def start(self, point: Iterate | None) -> None:
         problem = self.problem
-        self.Z = problem.Y.new_zeros(self.op.block_shape) if point is None else point.blocks().to(problem.Y).clone()
-        self.outputs = self.op.apply(self.Z)
+        largest = self._largest_eigenvalue()
+        Z = problem.Y.new_zeros(self.op.block_shape) if point is None else point.blocks().to(problem.Y).clone()
+        self.outputs = self.op.apply(Z)
+        self.Z = Z * self.size
         self.moved_Z, self.moved_outputs = self.Z, self.outputs
         self.momentum = 1.0
         self.intercept: torch.Tensor | None = None
         # A short power iteration underestimates the Lipschitz constant; backtracking corrects it.
-        self.lipschitz = self._largest_eigenvalue() * problem.loss.smoothness * float(self.weights.max())
+        self.lipschitz = largest * problem.loss.smoothness * float(self.weights.max())
         if not self.lipschitz > 0:
             self.lipschitz = 1.0
 
     def _largest_eigenvalue(self) -> float:
+        """About that of A A* for the scaled Z; sets the size of A, a power of two."""
         generator = torch.Generator().manual_seed(0)
         L = torch.randn(self.problem.Y.shape, generator=generator, dtype=torch.float64).to(self.problem.Y)
         value = 0.0
+        self.size = 0.0
         for _ in range(5):
             L = L / torch.linalg.vector_norm(L).clamp_min(torch.finfo(L.dtype).tiny)
-            L = self.op.apply(self.op.adjoint(L))
+            blocks = self.op.adjoint(L)
+            if not self.size:
+                (entry,) = self.op.over_gates(float(blocks.abs().max()))
+                self.size = 2.0 ** math.frexp(entry)[1] if 0 < entry < math.inf else 1.0
+            L = self.op.apply(blocks / self.size / self.size)
             value = float(torch.linalg.vector_norm(L))
         return value
 
@@ -91,13 +102,14 @@ class Fista(Solver):
     def step(self) -> None:
         problem = self.problem
         value, predictions = self._smooth(self.moved_outputs)
-        gradient = self.op.adjoint(problem.loss.gradient(predictions, problem.Y, self.weights))
+        gradient = self.op.adjoint(problem.loss.gradient(predictions, problem.Y, self.weights)) / self.size
         self.lipschitz /= self.options.step_growth
         rounding = 10 * torch.finfo(problem.dtype).eps * abs(value)
         for _ in range(60):
-            Z, _ = problem.norm.prox(self.moved_Z - gradient / self.lipschitz, problem.beta / self.lipschitz)
+            threshold = problem.beta / self.size / self.lipschitz
+            Z, _ = problem.norm.prox(self.moved_Z - gradient / self.lipschitz, threshold)
             difference = Z - self.moved_Z
-            outputs = self.op.apply(Z)
+            outputs = self.op.apply(Z / self.size)
             slope, squares = self.op.over_gates(float((gradient * difference).sum()), float(difference.square().sum()))
             model = value + slope + self.lipschitz / 2 * squares
             if self._smooth(outputs)[0] <= model + rounding:
@@ -116,7 +128,7 @@ class Fista(Solver):
         self.Z, self.outputs = Z, outputs
 
     def iterate(self) -> Iterate:
-        return Iterate(self.Z)
+        return Iterate(self.Z / self.size)
 
     def state(self) -> dict[str, Any]:
         intercept = {} if self.intercept is None else {"intercept": self.intercept}
@@ -128,6 +140,7 @@ class Fista(Solver):
             "moved_outputs": self.moved_outputs,
             "momentum": self.momentum,
             "lipschitz": self.lipschitz,
+            "size": self.size,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

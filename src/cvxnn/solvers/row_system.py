@@ -16,6 +16,8 @@ Array = NDArray[Any]
 
 #: Largest condition number times rounding error at which a system in float32 still corrects well.
 SINGLE_LOSS = 0.3
+#: From such a condition number on, float64 does not add up changes without loss either.
+_DRIFTS = 1e8
 
 
 class RowSystem(ABC):
@@ -60,6 +62,11 @@ class RowSystem(ABC):
         """Whether corrections are made in float32."""
         return self.dtype == np.float32
 
+    @property
+    def drifts(self) -> bool:
+        """Whether rounding in what is added up from changes may count."""
+        return self.single or self.largest > _DRIFTS * self.rho
+
     def set_precision(self, dtype: type) -> None:
         """Form what does not depend on rho, in a precision."""
         self.dtype, self.low = dtype, self.rows.astype(dtype)
@@ -100,7 +107,7 @@ class RowSystem(ABC):
 
     def refresh(self, blocks: Array) -> None:
         """Form K r anew from A*(r) in float64."""
-        if self.single:
+        if self.drifts:
             self.image = self.rows.apply(blocks)
 
     def state(self) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cvxnn.certificates import relative_gap
+from cvxnn.certificates import Certificate, relative_gap
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
-from cvxnn.solvers.base import Iterate, Solver, check_relaxation
+from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver, check_relaxation
 from cvxnn.solvers.gated_rows import GatedRows, centred, norms
 from cvxnn.solvers.kernel_system import KernelSystem
 from cvxnn.solvers.nystrom_system import NystromSystem
@@ -189,7 +189,7 @@ class VectorAdmm(Solver):
     def _look(self) -> None:
         """A better primal and a better dual point from the sizes of the blocks; the best of them are kept."""
         self.steps_between, self.looked = self.iteration - self.looked, self.iteration
-        if self.system.single:
+        if self.system.drifts:
             # What has come together from changes in float32 is formed anew.
             self.image = self.rows.apply(self.B)
             self.G = self.rows.adjoint(self.system.r)
@@ -292,6 +292,12 @@ class VectorAdmm(Solver):
         Z = torch.from_numpy(self.best_W * (self.y_size / self.x_size))[:, :, None]
         dual = torch.from_numpy(-self.root * self.best_r * self.y_size)[:, None]
         return Iterate(Z.to(self.problem.dtype), dual=dual)
+
+    def limited_by_rounding(self) -> bool:
+        return self.system.largest > ILL_CONDITIONED * self.rho or super().limited_by_rounding()
+
+    def message(self, certificate: Certificate) -> str:
+        return UNEVEN_DATA if self.system.largest > ILL_CONDITIONED * self.rho else ""
 
     def state(self) -> dict[str, Any]:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
