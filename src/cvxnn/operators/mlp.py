@@ -12,6 +12,7 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.operators.base import BATCH_BYTES, Operator, row_batches
+from cvxnn.operators.gated_norms import gated_norms
 from cvxnn.patterns import activation_patterns
 
 __all__ = ["MLPOperator"]
@@ -209,6 +210,15 @@ class MLPOperator(Operator):
     @cached_property
     def row_squares(self) -> torch.Tensor:
         return self.X.square().sum(1, keepdim=True)
+
+    def hidden_norms(self, weights: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        largest = _largest(self.X)
+        if not 0 < largest < math.inf:
+            return super().hidden_norms(weights, centred)
+        # Scaled, so that no square that counts underflows.
+        X = self.X.double() / largest
+        bounds = gated_norms(X, self._patterns, weights.to(X), centred)
+        return bounds[0] * largest, bounds[1] * largest
 
     @property
     def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
