@@ -36,7 +36,13 @@ class DualBound:
         return float(self.norms_upper.max())
 
 
-def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None) -> DualBound:
+#: Bounds of the dual norms of the blocks of A*(nu), each known up to an error of this Frobenius norm.
+DualNorms = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+
+
+def dual_bound(
+    problem: Problem, nu: torch.Tensor, seconds: float | None = None, norms: DualNorms | None = None
+) -> DualBound:
     """Lower bound -F*(s nu) with the best s, |s| q(nu) <= beta, rounding subtracted.
 
     Parameters
@@ -46,6 +52,9 @@ def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None)
         What rounding leaves of 1^T nu = 0 is covered by :func:`intercept_leak`.
     seconds : float, optional
         About so long to spend on the dual norms of ReLU problems; the bound is sound however early they stop.
+    norms : callable, optional
+        Gives lower and upper bounds (P,) in place of :meth:`Problem.dual_norms`, for nu scaled by a power of two;
+        the bound is as sound as the largest of the upper ones.
 
     Notes
     -----
@@ -53,7 +62,7 @@ def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None)
     """
     nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
     error, leak_size = _adjoint_error(problem, nu)
-    lower, upper = problem.dual_norms(nu, error, seconds)
+    lower, upper = problem.dual_norms(nu, error, seconds) if norms is None else norms(nu, error)
     bound, scale = _best_multiple(problem, nu, float(upper.max()), leak_size)
     feasible = upper * (scale * (1 + 4 * _EPS)) if scale > 0 else torch.zeros_like(upper)
     return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent), feasible)

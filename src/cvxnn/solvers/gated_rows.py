@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,8 @@ class KernelSystem:
         In float64.
     ones : ndarray of shape (n,) or None
         The column of the intercept; None without one.
+    form : callable, optional
+        Makes the kernel of rows in either precision; by default it is formed from nothing.
 
     Attributes
     ----------
@@ -102,13 +105,18 @@ class KernelSystem:
         The map in the precision of the kernel.
     """
 
-    def __init__(self, rows: GatedRows, ones: Array | None) -> None:
+    def __init__(self, rows: GatedRows, ones: Array | None, form: Callable[[GatedRows], Array] | None = None) -> None:
         self.ones = ones
-        self._rows = rows
-        self.r: Array = np.zeros(len(rows.X))
-        self._image: Array = np.zeros(len(rows.X))
-        self._b = 0.0
+        self.rho = 0.0
+        self._rows, self._form = rows, form
+        self.restart()
         self._set_kernel(np.float32 if len(rows.X) >= _SINGLE_FROM else np.float64)
+
+    def restart(self) -> None:
+        """Forget the last solution, not what is factored."""
+        self.r: Array = np.zeros(len(self._rows.X))
+        self._image: Array = np.zeros(len(self._rows.X))
+        self._b = 0.0
 
     @property
     def single(self) -> bool:
@@ -121,7 +129,7 @@ class KernelSystem:
         for name in ("_kernel", "_buffer", "_factor"):
             self.__dict__.pop(name, None)
         self._buffer: Array = np.zeros((len(self.r), len(self.r)), dtype=dtype, order="F")
-        self._kernel = self.low.kernel(self._buffer)
+        self._kernel = self.low.kernel(self._buffer) if self._form is None else self._form(self.low)
         self._symv, self._trsv, self._trsm = blas.get_blas_funcs(("symv", "trsv", "trsm"), (self._kernel,))
         (self._potrf,) = lapack.get_lapack_funcs(("potrf",), (self._kernel,))
         v: Array = np.ones(len(self._kernel), dtype=dtype)
@@ -147,6 +155,8 @@ class KernelSystem:
 
     def factor(self, rho: float) -> None:
         """Factor K / rho + I; in float64 where it is too ill-conditioned for float32."""
+        if rho == self.rho:
+            return
         self.rho = rho
         condition = 1 + self.largest / rho
         if self.single and (condition * np.finfo(np.float32).eps > _SINGLE_LOSS or not self._factored(0.0)):
@@ -211,4 +221,5 @@ class KernelSystem:
         self.r, self._image, self._b = state["r"], state["image"], state["b"]
         if self.single and not state["single"]:
             self._set_kernel(np.float64)
+        self.rho = 0.0
         self.factor(state["rho"])
