@@ -13,11 +13,14 @@ from cvxnn.errors import UnsupportedError
 from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import Iterate, Solver
-from cvxnn.solvers.ridge import FeatureRidge
+from cvxnn.solvers.ridge import FeatureRidge, Ridge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_integer, check_positive
 
 __all__ = ["Admm", "AdmmOptions"]
+
+#: A penalty between this times the one wanted and one over this serves where it is factored for.
+_NEAR = 0.6
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Admm(Solver):
     def start(self, point: Iterate | None) -> None:
         problem = self.problem
         side = self.options.side
-        if side == "auto":
+        if side == "auto" and "ridge" not in self.kept:
             side = choose_side(problem, self.options.memory)
         if side == "iterative" and not self.op.has_kernel_columns:
             raise UnsupportedError(
@@ -94,9 +97,12 @@ class Admm(Solver):
             )
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
         self.sigma = float(self.weights.max()) * problem.loss.smoothness
-        step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
-        target = problem.Y if self.squared else None
-        self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias, target)
+        if "ridge" not in self.kept:
+            step_weights = self.weights if self.squared else torch.full_like(self.weights, self.sigma)
+            target = problem.Y if self.squared else None
+            self._keep(make_ridge(side, self.op, step_weights, problem.output_bias, target))
+        self.ridge: Ridge = self.kept["ridge"]
+        self.sigma = self.kept["sigma"]
         self.iteration, self.next_adaptation = 0, 5
         self.tolerated = self._tolerated_imbalance()
         self.anderson = Anderson(self.options.memory) if self.options.memory else None
@@ -106,9 +112,17 @@ class Admm(Solver):
         self.S = torch.zeros_like(problem.Y)
         self.residual: torch.Tensor | None = None
         self.rho = self.options.rho or self._estimate_rho(point)
-        self.ridge.factor(self.rho)
+        if self.options.rho is None and _NEAR < self.ridge.rho / self.rho < 1 / _NEAR:
+            # What is factored already serves.
+            self.rho = self.ridge.rho
+        else:
+            self.ridge.factor(self.rho)
         if point is not None:
             self._warm_start(point)
+
+    def _keep(self, ridge: Ridge) -> None:
+        """For the next run of a path, with the penalty that its system is made for."""
+        self.kept["ridge"], self.kept["sigma"] = ridge, self.sigma
 
     def _warm_start(self, point: Iterate) -> None:
         self.W = point.blocks().to(self.W)
@@ -214,6 +228,7 @@ class Admm(Solver):
         if sigma_changed:
             self.ridge.set_weights(torch.full_like(self.weights, self.sigma))
         self.ridge.factor(self.rho)
+        self._keep(self.ridge)
 
     def iterate(self) -> Iterate:
         if not self.squared:

@@ -144,6 +144,42 @@ def solve(
         The solver needs more memory than there is in all. Where it needs more than is free, a
         ``MemoryWarning`` is raised.
     """
+    return _solve(
+        problem,
+        solver,
+        {},
+        rank=rank,
+        tol=tol,
+        max_iter=max_iter,
+        time_limit=time_limit,
+        random_state=random_state,
+        init=init,
+        solver_options=solver_options,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+
+
+def _solve(
+    problem: Problem,
+    solver: str,
+    kept: dict[str, Any],
+    *,
+    rank: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int | None = None,
+    time_limit: float | None = None,
+    random_state: Any = None,
+    init: Any = None,
+    solver_options: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    verbose: int = 0,
+) -> Result:
+    """:func:`solve` with what the runs of a path share, by solver; it is filled by the first of them."""
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     tol = check_positive(tol, "tol", allow_zero=True)
@@ -172,8 +208,10 @@ def solve(
     check_solver_memory(problem, name, rank, getattr(options, "side", None))
     if problem.operator.group is not None:
         random_state = common_seed(random_state)
+    running = kind(problem, options, tol, time_limit, rank, random_state)
+    running.kept = kept.setdefault(name, {})
     return run(
-        kind(problem, options, tol, time_limit, rank, random_state),
+        running,
         max_iter=kind.default_max_iter if max_iter is None else max_iter,
         time_limit=time_limit,
         init=_as_iterate(problem, init, kind.factored or problem.cones is not None),
@@ -258,6 +296,8 @@ def path(
 ) -> list[Result]:
     """Solutions for a sequence of betas, each started from the last.
 
+    What does not depend on beta, such as the kernel of ADMM, is formed once.
+
     Parameters
     ----------
     problem : Problem
@@ -292,12 +332,14 @@ def path(
         if len(values) == 0:
             raise InvalidInputError("betas is empty; at least one value is wanted")
     results: list[Result] = []
+    kept: dict[str, Any] = {}
+    solver = options.pop("solver", "auto")
     start = options.pop("init", None)
     checkpoint = options.pop("checkpoint", None)
     for i, beta in enumerate(np.sort(values)[::-1]):
         if checkpoint is not None:
             file = Path(checkpoint)
             options["checkpoint"] = file.with_name(f"{file.stem}-{i}{file.suffix}")
-        results.append(solve(problem.with_beta(float(beta)), init=start, **options))
+        results.append(_solve(problem.with_beta(float(beta)), solver, kept, init=start, **options))
         start = results[-1]
     return results

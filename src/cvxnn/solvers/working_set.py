@@ -46,7 +46,7 @@ class WorkingSetOptions:
         Violated gates that are added at most after a pricing; None for as many as there are gates in the set.
     """
 
-    gates: int = 50
+    gates: int = 100
     new_gates: int | None = None
 
     def __post_init__(self) -> None:
