@@ -90,7 +90,7 @@ def _adjoint_error(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:
 
 
 def _best_multiple(problem: Problem, nu: torch.Tensor, dual_norm: float, leak_size: float) -> tuple[float, float]:
-    """The best -F*(s nu) with s * dual_norm <= beta, rounding subtracted, and s; at least the infimum of F, for s = 0."""
+    """The best -F*(s nu), s * dual_norm <= beta, less rounding, and s; at least the infimum of F, that of s = 0."""
     q = dual_norm + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
     s_max = problem.beta / q * (1 - 8 * _EPS)

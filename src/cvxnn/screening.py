@@ -12,8 +12,9 @@ Derivation. Let nu be feasible for the dual, maximise D(nu) = -F*(nu) subject to
        sum_i ||nu_i - nu*_i||^2 / (2 L w_i)  <=  D(nu*) - D(nu)  <=  primal - D(nu) =: gap,
 
    that is nu* = nu + diag(sqrt w) e with ||e||_F <= r = sqrt(2 L gap).
-2. For an atom u v^T, ||u||_C <= 1 and ||v||_R <= 1, <u v^T, A_k*(diag(sqrt w) e)> <= ||e||_F ||diag(sqrt w) A_k(u v^T)||_F,
-   so ||A_k*(nu*)||_D* <= ||A_k*(nu)||_D* + r s_k, with s_k the largest ||diag(sqrt w) A_k(u v^T)||_F.
+2. For an atom u v^T, ||u||_C <= 1 and ||v||_R <= 1, <u v^T, A_k*(diag(sqrt w) e)> is at most
+   ||e||_F ||diag(sqrt w) A_k(u v^T)||_F. So ||A_k*(nu*)||_D* <= ||A_k*(nu)||_D* + r s_k, with s_k the largest
+   ||diag(sqrt w) A_k(u v^T)||_F.
    With h_i(u) the hidden outputs of u, s_k <= R_R(q) max_u sqrt(sum_i w_i |h_i(u)|^2), R_R(q) the largest l2 norm
    where ||v||_R <= 1: a spectral norm for C = l2, a largest column for C = l1, sqrt(p) spectral norms for l-infinity.
 3. With an intercept 1^T nu = 1^T nu* = 0: e is orthogonal to sqrt w, and the part of diag(sqrt w) h(u) along it
@@ -54,7 +55,7 @@ def gate_sizes(problem: Problem) -> torch.Tensor:
 
 
 def safe_radius(problem: Problem, point: Evaluation, lower_bound: float) -> float:
-    """r with ||e||_F <= r for the dual solution nu* = nu + diag(sqrt w) e, where nu has this bound; infinite if unknown.
+    """r with ||e||_F <= r for the dual solution nu* = nu + diag(sqrt w) e, nu having this bound; may be infinite.
 
     Parameters
     ----------

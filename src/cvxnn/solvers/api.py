@@ -13,6 +13,7 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.distributed import common_seed
 from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm
 from cvxnn.solvers.base import Iterate, Solver, make_options
@@ -33,6 +34,10 @@ __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 
 #: Steps of "vector_admm" in a run of usual length.
 _VECTOR_STEPS = 30
+#: "auto" takes "working_set" from so many gates and samples, and features P d per sample, on.
+_LEAST_GATES, _LEAST_SAMPLES, _MANY_FEATURES = 256, 256, 25
+#: With several outputs or another loss also from this beta / beta_max on.
+_LARGE_BETA = 0.03
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
@@ -59,8 +64,9 @@ def choose_solver(problem: Problem) -> str:
     """What ``solver="auto"`` takes.
 
     "admm" wherever its factorisation fits in memory or can be done without (perceptrons with X in memory), or
-    "vector_admm" where that can serve and the kernel of the samples is the cheaper one to factor; "fista" elsewhere,
-    and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
+    "vector_admm" where that can serve and the kernel of the samples is the cheaper one to factor, or "working_set" for
+    perceptrons with many gates; "fista" elsewhere, and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with
+    one output, and "bm_global" with several.
     """
     group, known = problem.operator.group, list(SOLVERS)
     if group is None:
@@ -71,12 +77,31 @@ def choose_solver(problem: Problem) -> str:
 
 def _choose_here(problem: Problem) -> str:
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
-    if _lacking(VectorAdmm, problem) is None and cheaper_side(problem.operator, True, _VECTOR_STEPS) == "samples":
+    op = problem.operator
+    vector = _lacking(VectorAdmm, problem) is None and cheaper_side(op, True, _VECTOR_STEPS) == "samples"
+    if _few_gates_will_do(problem, vector):
+        return WorkingSet.name
+    if vector:
         return VectorAdmm.name
     for name in names:
         if _lacking(SOLVERS[name], problem) is None:
             return name
     raise UnsupportedError(f"no solver can serve {problem!r}")
+
+
+def _few_gates_will_do(problem: Problem, vector: bool) -> bool:
+    """Whether rounds on a part of the gates save more than they cost.
+
+    So it is where the pass over the gates is most of a step: where they have many features for each sample. Where a
+    step takes long in any case, as with several outputs, the share of the gates in use matters too, and so beta.
+    """
+    op = problem.operator
+    if type(op) is not MLPOperator or _lacking(WorkingSet, problem) is not None or problem.cones is not None:
+        return False
+    per_sample = op.n_features / op.n_samples
+    if op.n_gates < _LEAST_GATES or per_sample < _MANY_FEATURES or op.n_samples < _LEAST_SAMPLES:
+        return False
+    return vector or per_sample >= 10 * _MANY_FEATURES or problem.beta >= _LARGE_BETA * problem.beta_max
 
 
 def solve(
@@ -103,7 +128,7 @@ def solve(
     solver : {"auto", "admm", "vector_admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", \
             "bm_sgd", "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
         "auto" takes ADMM where its factorisation fits in memory or can be done without ("vector_admm" for one output
-        and the squared loss), otherwise FISTA; Frank-Wolfe for norms without a prox.
+        and the squared loss, "working_set" for many gates), otherwise FISTA; Frank-Wolfe for norms without a prox.
     rank : int, optional
         Number of columns per gate of a Burer-Monteiro factorisation: fixed, except in "bm_global", which starts
         with it. None leaves it to the solver; the convex solvers take None only.

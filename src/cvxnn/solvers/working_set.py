@@ -128,8 +128,9 @@ class WorkingSet(Solver):
         seen = evaluate(self.part, point.blocks())
         nu = self.problem.dual_candidate(seen.predictions) if point.dual is None else point.dual.double()
         nu = self.problem.centred(nu)
-        if isinstance(self.inner, Admm):
-            if relative_gap(seen.primal, dual_bound(self.part, nu).lower_bound) > self.level:
+        if not isinstance(self.inner, VectorAdmm):
+            reached = relative_gap(seen.primal, dual_bound(self.part, nu).lower_bound)
+            if reached > self.level:
                 return
         bound = self.pricing(nu, self.gates, seen)
         gap = relative_gap(seen.primal, bound.lower_bound)
