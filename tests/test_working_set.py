@@ -6,6 +6,13 @@ import torch
 
 import cvxnn
 from cvxnn.bounds import dual_bound
+from cvxnn.certificates import evaluate
+from cvxnn.operators import MLPOperator
+from cvxnn.solvers import gate_kernels
+from cvxnn.solvers.api import choose_solver
+from cvxnn.solvers.gate_kernels import GateKernels
+from cvxnn.solvers.gated_rows import GatedRows
+from cvxnn.solvers.pricing import Pricing
 from tests.helpers import make_problem
 
 TOL = 1e-6
@@ -91,3 +98,88 @@ def test_one_gate_is_refused():
     problem = make_problem(activation="linear")
     with pytest.raises(cvxnn.errors.UnsupportedError, match="one gate"):
         cvxnn.solve(problem, "working_set")
+
+
+def test_prices_in_float32_bound_those_in_float64():
+    problem = many_gates(c=2)
+    nu = problem.dual_candidate(torch.zeros_like(problem.Y64))
+    exact = dual_bound(problem, nu)
+    pricing = Pricing(problem, {})
+    priced = pricing(nu, torch.arange(0))
+    assert pricing.n_screened == 0
+    assert bool((priced.norms_upper >= exact.norms_lower).all())
+    # What decides is seen in float64.
+    assert priced.dual_norm == exact.dual_norm
+    assert priced.lower_bound == exact.lower_bound
+    assert float(priced.norms_upper[[3, 8]].max()) <= float(exact.norms_upper[[3, 8]].max()) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"c": 2}, {"loss": "huber"}, {"output_bias": True}])
+def test_gates_are_screened_on_the_way_and_none_that_is_in_use(options):
+    problem = many_gates(beta=0.2, **options)
+    result = cvxnn.solve(problem, "working_set", tol=1e-7, solver_options={"gates": 20})
+    assert result.status == "certified"
+    assert 0 < result.trace[-1]["screened"] < problem.n_gates
+    pricing = Pricing(problem, {})
+    pricing(problem.centred(result.dual), torch.arange(0), evaluate(problem, result.Z))
+    optimum = cvxnn.solve(problem, "admm", tol=1e-8)
+    values = optimum.Z.abs().amax((1, 2))
+    used = set((values > 1e-4 * values.max()).nonzero()[:, 0].tolist())
+    assert used <= set(pricing.alive.tolist())
+
+
+def test_kernels_of_changing_sets_are_those_of_each():
+    rng = np.random.default_rng(0)
+    X, D = rng.standard_normal((30, 4)), rng.random((30, 20)) > 0.5
+    kernels = GateKernels()
+    for gates in ([1, 5, 7, 9, 12], [1, 5, 7, 8, 9, 12], [1, 7, 9, 12], [0, 2], np.arange(20)):
+        gates = np.array(gates)
+        for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-12)):
+            rows = GatedRows(X.astype(dtype), D[:, gates].astype(dtype))
+            lower = np.tril(kernels.kernel(rows, gates))
+            expected = np.tril((X @ X.T) * (D[:, gates].astype(float) @ D[:, gates].T))
+            np.testing.assert_allclose(lower, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", ["admm", "vector_admm", "working_set"])
+@pytest.mark.parametrize("options", [{}, {"output_bias": True}])
+def test_a_path_forms_kernels_once_and_certifies_every_beta(solver, options, monkeypatch):
+    problem = many_gates(**options)
+    formed = []
+    for owner, name in ((MLPOperator, "kernel"), (GatedRows, "kernel"), (gate_kernels, "_add_square")):
+        original = getattr(owner, name)
+
+        def counted(*arguments, original=original, **more):
+            formed.append(original)
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, counted)
+    results = cvxnn.path(problem, n_betas=8, ratio=1e-2, tol=TOL, solver=solver)
+    assert all(result.status == "certified" for result in results)
+    if solver != "working_set":
+        assert len(formed) == 1
+    monkeypatch.undo()
+    for result in results[1::3]:
+        alone = cvxnn.solve(result.problem, "admm", tol=TOL)
+        assert result.certificate.lower_bound <= alone.objective * (1 + 1e-12)
+        assert alone.certificate.lower_bound <= result.objective * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("loss", ["huber", "cross_entropy"])
+def test_paths_of_other_losses_go_on_with_their_penalties(loss):
+    problem = make_problem(loss, n=40, n_gates=20)
+    results = cvxnn.path(problem, n_betas=6, ratio=1e-2, tol=TOL, solver="admm")
+    assert all(result.status == "certified" for result in results)
+    last = cvxnn.solve(results[-1].problem, "admm", tol=TOL)
+    assert last.objective == pytest.approx(results[-1].objective, rel=2 * TOL)
+
+
+def test_auto_takes_it_for_many_gates():
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((260, 30)), rng.standard_normal((260, 2))
+    many = cvxnn.mlp_problem(X, Y[:, :1], n_gates=400, beta=1.0)
+    assert choose_solver(many.with_beta(1e-3 * many.beta_max)) == "working_set"
+    assert choose_solver(many.with_gates(torch.arange(100))) == "vector_admm"
+    two = cvxnn.mlp_problem(X, Y, n_gates=400, beta=1.0)
+    assert choose_solver(two.with_beta(0.1 * two.beta_max)) == "working_set"
+    assert choose_solver(two.with_beta(1e-3 * two.beta_max)) == "admm"

@@ -27,6 +27,8 @@ class DualBound:
     lower_bound: float
     norms_lower: torch.Tensor
     norms_upper: torch.Tensor
+    #: Upper bounds (P,) for the multiple of nu that the bound is of; 0 where it is that of the dual point 0.
+    feasible_norms: torch.Tensor
 
     @property
     def dual_norm(self) -> float:
@@ -34,7 +36,13 @@ class DualBound:
         return float(self.norms_upper.max())
 
 
-def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None) -> DualBound:
+#: Bounds of the dual norms of the blocks of A*(nu), each known up to an error of this Frobenius norm.
+DualNorms = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+
+
+def dual_bound(
+    problem: Problem, nu: torch.Tensor, seconds: float | None = None, norms: DualNorms | None = None
+) -> DualBound:
     """Lower bound -F*(s nu) with the best s, |s| q(nu) <= beta, rounding subtracted.
 
     Parameters
@@ -44,6 +52,9 @@ def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None)
         What rounding leaves of 1^T nu = 0 is covered by :func:`intercept_leak`.
     seconds : float, optional
         About so long to spend on the dual norms of ReLU problems; the bound is sound however early they stop.
+    norms : callable, optional
+        Gives lower and upper bounds (P,) in place of :meth:`Problem.dual_norms`, for nu scaled by a power of two;
+        the bound is as sound as the largest of the upper ones.
 
     Notes
     -----
@@ -51,9 +62,10 @@ def dual_bound(problem: Problem, nu: torch.Tensor, seconds: float | None = None)
     """
     nu, exponent = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
     error, leak_size = _adjoint_error(problem, nu)
-    lower, upper = problem.dual_norms(nu, error, seconds)
-    bound = _best_multiple(problem, nu, float(upper.max()), leak_size)
-    return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent))
+    lower, upper = problem.dual_norms(nu, error, seconds) if norms is None else norms(nu, error)
+    bound, scale = _best_multiple(problem, nu, float(upper.max()), leak_size)
+    feasible = upper * (scale * (1 + 4 * _EPS)) if scale > 0 else torch.zeros_like(upper)
+    return DualBound(bound, _times_power(lower, exponent), _times_power(upper, exponent), feasible)
 
 
 def dual_bound_from(problem: Problem, nu: torch.Tensor, dual_norm: Callable[[torch.Tensor, float], float]) -> float:
@@ -67,7 +79,7 @@ def dual_bound_from(problem: Problem, nu: torch.Tensor, dual_norm: Callable[[tor
     """
     nu, _ = _normalised(problem.loss.round_to_domain(nu, problem.Y64, problem.weights))
     error, leak_size = _adjoint_error(problem, nu)
-    return _best_multiple(problem, nu, dual_norm(nu, error), leak_size)
+    return _best_multiple(problem, nu, dual_norm(nu, error), leak_size)[0]
 
 
 def _adjoint_error(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:
@@ -77,23 +89,23 @@ def _adjoint_error(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:
     return math.inf if math.isnan(error) else error, leak_size
 
 
-def _best_multiple(problem: Problem, nu: torch.Tensor, dual_norm: float, leak_size: float) -> float:
-    """The best -F*(s nu) with s * dual_norm <= beta, rounding subtracted; at least the infimum of F."""
+def _best_multiple(problem: Problem, nu: torch.Tensor, dual_norm: float, leak_size: float) -> tuple[float, float]:
+    """The best -F*(s nu), s * dual_norm <= beta, less rounding, and s; at least the infimum of F, that of s = 0."""
     q = dual_norm + _UNDERFLOW
     Y, w = problem.Y64, problem.weights
     s_max = problem.beta / q * (1 - 8 * _EPS)
     scale = problem.loss.dual_scale(nu, Y, w, s_max) if s_max >= _SMALLEST_SCALE else 0.0
     at_zero = float(problem.loss.conjugate_terms_magnitude(torch.zeros_like(nu), Y, w))
-    bound = max(0.0, problem.loss.infimum(Y, w) - 4 * nu.numel() * _EPS * at_zero)
+    bound, best = max(0.0, problem.loss.infimum(Y, w) - 4 * nu.numel() * _EPS * at_zero), 0.0
     if scale > 0 and math.isfinite(scale):
         scaled = scale * nu
         conjugate = float(problem.loss.conjugate(scaled, Y, w))
         terms = float(problem.loss.conjugate_terms_magnitude(scaled, Y, w))
         allowance = nu.numel() * (4 * _EPS * terms + torch.finfo(nu.dtype).tiny)
         allowance += scale * leak_size
-        if math.isfinite(conjugate):
-            bound = max(bound, -conjugate - allowance)
-    return bound
+        if math.isfinite(conjugate) and -conjugate - allowance > bound:
+            bound, best = -conjugate - allowance, scale
+    return bound, best
 
 
 def worst_neuron(problem: Problem, nu: torch.Tensor) -> Neurons:

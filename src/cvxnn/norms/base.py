@@ -91,13 +91,16 @@ class MatrixNorm(ABC):
             lower, upper = _widen(self._vector_dual(scaled), max(G.shape[1:]))
         else:
             lower, upper = self._dual_bounds(scaled)
-        radius = self._left.radius(G.shape[1]) * self._right.radius(G.shape[2])
-        slack = _check_error(error, scale) * (radius * (1 + 16 * EPS))
+        slack = _check_error(error, scale) * (self.radius(*G.shape[1:]) * (1 + 16 * EPS))
         upper = (upper * scale + slack) * (1 + 16 * EPS)
         lower = (lower * scale * (1 - 16 * EPS) - slack) * (1 - 16 * EPS)
         upper = torch.where(finite & ~upper.isnan(), upper, math.inf)
         lower = torch.where(finite & (lower > 0), lower, 0.0)
         return _round_outwards(lower, upper, G)
+
+    def radius(self, p: int, q: int) -> float:
+        """The largest Frobenius norm of u v^T, u of p and v of q entries in their unit balls."""
+        return self._left.radius(p) * self._right.radius(q)
 
     def dual_estimate(self, G: Tensor) -> Tensor:
         """Dual norm of each block without allowance for rounding, in the dtype of G: fast, for solvers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -189,6 +190,31 @@ class Operator(ABC):
     @abstractmethod
     def row_squares(self) -> torch.Tensor:
         """For every sample (n, w): a bound of |h|^2 over the unit u, for each of the w hidden outputs."""
+
+    def hidden_norms(self, weights: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Upper bounds (P,), one per gate, of the root of sum_i w_i |h_i|^2 for columns u.
+
+        Parameters
+        ----------
+        weights : torch.Tensor of shape (n,), float64
+            The w_i >= 0.
+        centred : bool
+            Whether the part of sqrt(w_i) h_i along sqrt(w_i) may be left out.
+
+        Returns
+        -------
+        in_ball, on_axes : torch.Tensor of shape (P,), float64
+            Where ||u||_2 <= 1, and where ||u||_1 <= 1.
+        """
+        squares = self.row_squares.double()
+        largest = float(squares.max())
+        if not 0 < largest < math.inf:
+            bound = weights.new_full((self.n_gates,), largest)
+            return bound, bound
+        total = float((weights.to(squares).unsqueeze(1) * (squares / largest)).sum())
+        total = math.sqrt(total) * math.sqrt(largest) * (1 + 4 * (squares.numel() + 8) * 2.0**-53)
+        bound = weights.new_full((self.n_gates,), total)
+        return bound, bound
 
     @property
     @abstractmethod

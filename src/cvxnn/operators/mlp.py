@@ -12,12 +12,15 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.operators.base import BATCH_BYTES, Operator, row_batches
+from cvxnn.operators.gated_norms import gated_norms
 from cvxnn.patterns import activation_patterns
 
 __all__ = ["MLPOperator"]
 
 #: Up to so many entries of a block its adjoint is cheapest as a product of patterns with x_i l_i^T.
 _FEW_PRODUCTS = 64
+#: From so many gates on predictions are formed without the blocks that are zero.
+_MANY_GATES = 64
 
 
 class MLPOperator(Operator):
@@ -100,6 +103,13 @@ class MLPOperator(Operator):
     def apply(self, Z: torch.Tensor) -> torch.Tensor:
         if self._patterns is None:
             return self.X @ Z[0]
+        if self.n_gates >= _MANY_GATES:
+            # Blocks that are zero add nothing; those with NaN or infinities do.
+            chosen = (Z != 0).any(2).any(1).nonzero()[:, 0]
+            if len(chosen) == 0:
+                return Z.new_zeros(self.n_samples, self.n_outputs)
+            if 2 * len(chosen) <= self.n_gates:
+                return self.select(chosen).apply(Z[chosen])
         if self._mask_inputs:
             flat = Z.reshape(self.n_features, self.n_outputs)
             return torch.cat([self.features(rows) @ flat for rows in self._batches])
@@ -209,6 +219,15 @@ class MLPOperator(Operator):
     @cached_property
     def row_squares(self) -> torch.Tensor:
         return self.X.square().sum(1, keepdim=True)
+
+    def hidden_norms(self, weights: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        largest = _largest(self.X)
+        if not 0 < largest < math.inf:
+            return super().hidden_norms(weights, centred)
+        # Scaled, so that no square that counts underflows.
+        X = self.X.double() / largest
+        bounds = gated_norms(X, self._patterns, weights.to(X), centred)
+        return bounds[0] * largest, bounds[1] * largest
 
     @property
     def cone_rows(self) -> tuple[torch.Tensor, torch.Tensor]:

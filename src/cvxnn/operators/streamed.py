@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from cvxnn.columns import Columns
-from cvxnn.operators.base import row_batches
+from cvxnn.operators.base import Operator, row_batches
 from cvxnn.operators.mlp import MLPOperator
 from cvxnn.operators.passes import batches_of
 from cvxnn.operators.rows import Rows
@@ -170,6 +170,10 @@ class StreamedMLPOperator(MLPOperator):
         for rows in self.X.batches():
             squares[rows] = self.X[rows].square().sum(1, keepdim=True)
         return squares
+
+    def hidden_norms(self, weights: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        # Those of the rows; a product with the patterns would be one more pass.
+        return Operator.hidden_norms(self, weights, centred)
 
     def subset(self, rows: torch.Tensor) -> MLPOperator:
         bits = None if self.bits is None else self.bits.rows(rows)[:, 0]

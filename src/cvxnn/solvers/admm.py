@@ -14,7 +14,7 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver, check_relaxation
 from cvxnn.solvers.iterative_ridge import IterativeRidge
-from cvxnn.solvers.ridge import FeatureRidge
+from cvxnn.solvers.ridge import FeatureRidge, Ridge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_flag, check_integer, check_positive
 
@@ -22,6 +22,8 @@ __all__ = ["Admm", "AdmmOptions"]
 
 #: What the acceleration has of blocks and of predictions, in states.
 _OF_BLOCKS, _OF_OUTPUTS = "anderson.blocks.", "anderson.outputs."
+#: A penalty between this times the one wanted and one over this serves where it is factored for.
+_NEAR = 0.6
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Admm(Solver):
     def start(self, point: Iterate | None) -> None:
         problem = self.problem
         side = self.options.side
-        if side == "auto":
+        if side == "auto" and "ridge" not in self.kept:
             side = choose_side(problem, self.options.memory)
         if side == "iterative" and not self.op.has_kernel_columns:
             raise UnsupportedError(
@@ -106,9 +108,12 @@ class Admm(Solver):
             )
         # The curvature of the loss is the natural scale of the penalty on T = A(Z).
         self.sigma = float(self.weights.max()) * problem.loss.smoothness
-        step_weights = self.weights if self.squared else self._penalties()
-        target = problem.Y if self.squared else None
-        self.ridge = make_ridge(side, self.op, step_weights, problem.output_bias, target)
+        if "ridge" not in self.kept:
+            step_weights = self.weights if self.squared else self._penalties()
+            target = problem.Y if self.squared else None
+            self._keep(make_ridge(side, self.op, step_weights, problem.output_bias, target))
+        self.ridge: Ridge = self.kept["ridge"]
+        self.sigma = self.kept["sigma"]
         self.iteration, self.next_adaptation = 0, 5
         self.tolerated = self._tolerated_imbalance()
         self.anderson = self._acceleration() if self.options.memory else None
@@ -118,7 +123,11 @@ class Admm(Solver):
         self.S = torch.zeros_like(problem.Y)
         self.residual: torch.Tensor | None = None
         self.rho = self.options.rho or self._estimate_rho(point)
-        self.ridge.factor(self.rho)
+        if self.options.rho is None and _NEAR < self.ridge.rho / self.rho < 1 / _NEAR:
+            # What is factored already serves.
+            self.rho = self.ridge.rho
+        else:
+            self.ridge.factor(self.rho)
         if point is not None:
             self._warm_start(point)
 
@@ -128,6 +137,10 @@ class Admm(Solver):
         # What follows the blocks is the same in all processes.
         counted = slice(None) if self.op.counts_common else slice(math.prod(self.op.block_shape))
         return Anderson(self.options.memory, total=self.op.add_outputs, counted=counted)
+
+    def _keep(self, ridge: Ridge) -> None:
+        """For the next run of a path, with the penalty that its system is made for."""
+        self.kept["ridge"], self.kept["sigma"] = ridge, self.sigma
 
     def _lengths(self, *blocks: torch.Tensor) -> list[float]:
         """Euclidean lengths over the blocks of all gates."""
@@ -256,6 +269,7 @@ class Admm(Solver):
         if sigma_changed:
             self.ridge.set_weights(self._penalties())
         self.ridge.factor(self.rho)
+        self._keep(self.ridge)
 
     def iterate(self) -> Iterate:
         if not self.squared:

@@ -13,6 +13,7 @@ import torch
 from cvxnn.columns import Columns
 from cvxnn.distributed import common_seed
 from cvxnn.errors import InvalidInputError, UnsupportedError
+from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm
 from cvxnn.solvers.base import Iterate, Solver, make_options
@@ -30,6 +31,11 @@ from cvxnn.solvers.working_set import WorkingSet
 from cvxnn.validation import check_flag, check_integer, check_positive
 
 __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
+
+#: "auto" takes "working_set" from so many gates and samples, and features P d per sample, on.
+_LEAST_GATES, _LEAST_SAMPLES, _MANY_FEATURES = 256, 256, 25
+#: With several outputs or another loss also from this beta / beta_max on.
+_LARGE_BETA = 0.03
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
@@ -56,8 +62,9 @@ def choose_solver(problem: Problem) -> str:
     """What ``solver="auto"`` takes.
 
     "admm" wherever its factorisation fits in memory or can be done without (perceptrons with X in memory), or
-    "vector_admm" where that can serve and the kernel of the samples is the cheaper one to factor; "fista" elsewhere,
-    and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with one output, and "bm_global" with several.
+    "vector_admm" where that can serve and the kernel of the samples is the cheaper one to factor, or "working_set" for
+    perceptrons with many gates; "fista" elsewhere, and "frank_wolfe" for norms without a prox. For ReLU "ssnal" with
+    one output, and "bm_global" with several.
     """
     group, known = problem.operator.group, list(SOLVERS)
     if group is None:
@@ -68,12 +75,30 @@ def choose_solver(problem: Problem) -> str:
 
 def _choose_here(problem: Problem) -> str:
     names = ("admm", "fista", "frank_wolfe") if problem.cones is None else ("ssnal", "bm_global")
-    if _lacking(VectorAdmm, problem) is None and is_worthwhile(problem):
+    vector = _lacking(VectorAdmm, problem) is None and is_worthwhile(problem)
+    if _few_gates_will_do(problem, vector):
+        return WorkingSet.name
+    if vector:
         return VectorAdmm.name
     for name in names:
         if _lacking(SOLVERS[name], problem) is None:
             return name
     raise UnsupportedError(f"no solver can serve {problem!r}")
+
+
+def _few_gates_will_do(problem: Problem, vector: bool) -> bool:
+    """Whether rounds on a part of the gates save more than they cost.
+
+    So it is where the pass over the gates is most of a step: where they have many features for each sample. Where a
+    step takes long in any case, as with several outputs, the share of the gates in use matters too, and so beta.
+    """
+    op = problem.operator
+    if type(op) is not MLPOperator or _lacking(WorkingSet, problem) is not None or problem.cones is not None:
+        return False
+    per_sample = op.n_features / op.n_samples
+    if op.n_gates < _LEAST_GATES or per_sample < _MANY_FEATURES or op.n_samples < _LEAST_SAMPLES:
+        return False
+    return vector or per_sample >= 10 * _MANY_FEATURES or problem.beta >= _LARGE_BETA * problem.beta_max
 
 
 def solve(
@@ -100,7 +125,7 @@ def solve(
     solver : {"auto", "admm", "vector_admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", \
             "bm_sgd", "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
         "auto" takes ADMM where its factorisation fits in memory or can be done without ("vector_admm" for one output
-        and the squared loss), otherwise FISTA; Frank-Wolfe for norms without a prox.
+        and the squared loss, "working_set" for many gates), otherwise FISTA; Frank-Wolfe for norms without a prox.
     rank : int, optional
         Number of columns per gate of a Burer-Monteiro factorisation: fixed, except in "bm_global", which starts
         with it. None leaves it to the solver; the convex solvers take None only.
@@ -141,6 +166,42 @@ def solve(
         The solver needs more memory than there is in all. Where it needs more than is free, a
         ``MemoryWarning`` is raised.
     """
+    return _solve(
+        problem,
+        solver,
+        {},
+        rank=rank,
+        tol=tol,
+        max_iter=max_iter,
+        time_limit=time_limit,
+        random_state=random_state,
+        init=init,
+        solver_options=solver_options,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+
+
+def _solve(
+    problem: Problem,
+    solver: str,
+    kept: dict[str, Any],
+    *,
+    rank: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int | None = None,
+    time_limit: float | None = None,
+    random_state: Any = None,
+    init: Any = None,
+    solver_options: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    verbose: int = 0,
+) -> Result:
+    """:func:`solve` with what the runs of a path share, by solver; it is filled by the first of them."""
     if not isinstance(problem, Problem):
         raise InvalidInputError(f"problem is a {type(problem).__name__}; a cvxnn Problem is wanted")
     tol = check_positive(tol, "tol", allow_zero=True)
@@ -169,8 +230,10 @@ def solve(
     check_solver_memory(problem, name, rank, getattr(options, "side", None))
     if problem.operator.group is not None:
         random_state = common_seed(random_state)
+    running = kind(problem, options, tol, time_limit, rank, random_state)
+    running.kept = kept.setdefault(name, {})
     return run(
-        kind(problem, options, tol, time_limit, rank, random_state),
+        running,
         max_iter=kind.default_max_iter if max_iter is None else max_iter,
         time_limit=time_limit,
         init=_as_iterate(problem, init, kind.factored or problem.cones is not None),
@@ -255,6 +318,8 @@ def path(
 ) -> list[Result]:
     """Solutions for a sequence of betas, each started from the last.
 
+    What does not depend on beta, such as the kernel of ADMM, is formed once.
+
     Parameters
     ----------
     problem : Problem
@@ -289,12 +354,14 @@ def path(
         if len(values) == 0:
             raise InvalidInputError("betas is empty; at least one value is wanted")
     results: list[Result] = []
+    kept: dict[str, Any] = {}
+    solver = options.pop("solver", "auto")
     start = options.pop("init", None)
     checkpoint = options.pop("checkpoint", None)
     for i, beta in enumerate(np.sort(values)[::-1]):
         if checkpoint is not None:
             file = Path(checkpoint)
             options["checkpoint"] = file.with_name(f"{file.stem}-{i}{file.suffix}")
-        results.append(solve(problem.with_beta(float(beta)), init=start, **options))
+        results.append(_solve(problem.with_beta(float(beta)), solver, kept, init=start, **options))
         start = results[-1]
     return results

@@ -97,6 +97,8 @@ class Solver(ABC):
         self.options = options
         self.tol = tol
         self.time_limit = time_limit
+        #: What does not depend on beta and is shared with the runs of a path that follow.
+        self.kept: dict[str, Any] = {}
         #: Set by a solver that cannot improve its point any more.
         self.finished = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +27,12 @@ class KernelSystem(RowSystem):
 
     kept: ClassVar[tuple[str, ...]] = ("r", "image", "b")
 
-    def __init__(self, rows: GatedRows, ones: Array | None) -> None:
+    def __init__(self, rows: GatedRows, ones: Array | None, form: Callable[[GatedRows], Array] | None = None) -> None:
+        super().__init__(rows, ones, form, np.float32 if len(rows.X) >= _SINGLE_FROM else np.float64)
+
+    def restart(self) -> None:
+        super().restart()
         self.b = 0.0
-        super().__init__(rows, ones, np.float32 if len(rows.X) >= _SINGLE_FROM else np.float64)
 
     def set_precision(self, dtype: type) -> None:
         super().set_precision(dtype)
@@ -36,7 +40,7 @@ class KernelSystem(RowSystem):
         for name in ("_kernel", "_buffer", "_factor"):
             self.__dict__.pop(name, None)
         self._buffer: Array = np.zeros((len(self.r), len(self.r)), dtype=dtype, order="F")
-        self._kernel = self.low.kernel(self._buffer)
+        self._kernel = self.low.kernel(self._buffer) if self.form is None else self.form(self.low)
         self._symv, self._trsv, self._trsm = blas.get_blas_funcs(("symv", "trsv", "trsm"), (self._kernel,))
         (self._potrf,) = lapack.get_lapack_funcs(("potrf",), (self._kernel,))
         v: Array = np.ones(len(self._kernel), dtype=dtype)
@@ -59,6 +63,8 @@ class KernelSystem(RowSystem):
         return kernel_fit_norm(product, scale, right)
 
     def factor(self, rho: float) -> None:
+        if rho == self.rho:
+            return
         self.rho = rho
         if self.too_coarse or (self.single and not self._factored(0.0)):
             self.set_precision(np.float64)

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import blas
 
-from cvxnn.solvers.gated_rows import GatedRows
 from cvxnn.solvers.ridge import kernel_fit_norm
 from cvxnn.solvers.row_system import RowSystem
 
@@ -39,10 +38,10 @@ class NystromSystem(RowSystem):
 
     kept: ClassVar[tuple[str, ...]] = ("r", "image", "spent")
 
-    def __init__(self, rows: GatedRows, ones: Array | None) -> None:
-        #: Steps of conjugate gradients so far.
+    def restart(self) -> None:
+        super().restart()
+        #: Steps of conjugate gradients since then.
         self.spent = 0
-        super().__init__(rows, ones, np.float32)
 
     def set_precision(self, dtype: type) -> None:
         super().set_precision(dtype)
@@ -68,6 +67,8 @@ class NystromSystem(RowSystem):
         return kernel_fit_norm(lambda v: (low_rank @ v) @ low_rank, scale, right)
 
     def factor(self, rho: float) -> None:
+        if rho == self.rho:
+            return
         self.rho = rho
         if self.too_coarse:
             self.set_precision(np.float64)

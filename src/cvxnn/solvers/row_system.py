@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,8 @@ class RowSystem(ABC):
         In float64.
     ones : ndarray of shape (n,) or None
         The column of the intercept; None without one.
+    form : callable, optional
+        Makes the kernel of rows in either precision, where it is wanted; by default it is formed from nothing.
     dtype : type
         Of the arithmetic of a correction, to begin with.
 
@@ -48,14 +51,24 @@ class RowSystem(ABC):
     #: What the next solutions depend on, beside the factor.
     kept: ClassVar[tuple[str, ...]] = ("r", "image")
 
-    def __init__(self, rows: GatedRows, ones: Array | None, dtype: type) -> None:
-        self.ones = ones
-        self.rows = rows
-        self.r: Array = np.zeros(len(rows.X))
-        #: K r.
-        self.image: Array = np.zeros(len(rows.X))
-        self.largest, self.rho = 0.0, 1.0
+    def __init__(
+        self,
+        rows: GatedRows,
+        ones: Array | None,
+        form: Callable[[GatedRows], Array] | None = None,
+        dtype: type = np.float32,
+    ) -> None:
+        self.ones, self.rows, self.form = ones, rows, form
+        #: That of the factor; 0 where there is none yet.
+        self.rho = self.largest = 0.0
+        self.restart()
         self.set_precision(dtype)
+
+    def restart(self) -> None:
+        """Forget the last solution, not what is factored."""
+        self.r: Array = np.zeros(len(self.rows.X))
+        #: K r.
+        self.image: Array = np.zeros(len(self.rows.X))
 
     @property
     def single(self) -> bool:
@@ -120,4 +133,5 @@ class RowSystem(ABC):
             setattr(self, name, state[name])
         if self.single and not state["single"]:
             self.set_precision(np.float64)
+        self.rho = 0.0
         self.factor(state["rho"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,10 +129,15 @@ class VectorAdmm(Solver):
         self.beta = problem.beta / self.x_size / self.y_size
         X /= self.x_size
         self.rows = GatedRows(X, op.patterns.numpy().astype(np.float64))
+        #: How the kernel is formed, where not from nothing.
+        self.form: Callable[[GatedRows], Array] | None = None
         self.ones = root / float(root.max()) if problem.output_bias else None
 
     def start(self, point: Iterate | None) -> None:
-        self._set_system(choose_system(self.problem) if self.options.side == "auto" else self.options.side)
+        if "system" not in self.kept:
+            self._set_system(choose_system(self.problem) if self.options.side == "auto" else self.options.side)
+        self.system: RowSystem = self.kept["system"]
+        self.system.restart()
         shape = self.rows.shape
         self.W, self.U, self.G, self.B, self.best_W = _zeros(5, *shape)
         self.image, self.best_r = _zeros(2, len(self.y))
@@ -140,17 +146,26 @@ class VectorAdmm(Solver):
         self.next_look, self.next_adaptation = _FIRST_LOOK, 0
         self.anderson = Anderson(self.options.memory, interval=2) if self.options.memory else None
         rho = self.options.rho
-        self.rho = self._first_rho() if rho is None else rho / self.x_size**2
+        self.rho = self._first_rho(point) if rho is None else rho / self.x_size**2
         self.system.factor(self.rho)
         if point is not None:
             self._warm_start(point)
 
     def _set_system(self, side: str) -> None:
         kind = KernelSystem if side == "samples" else NystromSystem
-        self.system: RowSystem = kind(self.rows, self.ones)
+        self.kept["system"] = kind(self.rows, self.ones, self.form)
+        self.system = self.kept["system"]
 
-    def _first_rho(self) -> float:
-        """From the norm of a lightly regularised least-squares fit, as if all blocks shared it."""
+    def _first_rho(self, point: Iterate | None) -> float:
+        """From the blocks of a warm start, or a lightly regularised least-squares fit, as if all blocks shared it.
+
+        The penalty that the system is factored for is kept where it is about right.
+        """
+        if point is not None:
+            sizes = norms(point.blocks()[:, :, 0].double().numpy() * (self.x_size / self.y_size))
+            if sizes.any():
+                wanted = self.beta / (_SHARE * float(sizes[sizes > 0].mean()))
+                return self.system.rho if 0.5 < self.system.rho / wanted < 2 else wanted
         size = self.system.fit_norm(centred(self.y, self.ones)) / math.sqrt(len(self.W))
         return self.beta / (_SHARE * size) if size > 0 else self.beta
 

@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 import torch
 
 from cvxnn.bounds import dual_bound
-from cvxnn.certificates import evaluate, relative_gap
+from cvxnn.certificates import Evaluation, evaluate, relative_gap
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.base import Iterate, Solver
+from cvxnn.solvers.gate_kernels import GateKernels
+from cvxnn.solvers.pricing import Pricing
+from cvxnn.solvers.vector_admm import VectorAdmm, VectorAdmmOptions
+from cvxnn.solvers.vector_costs import is_worthwhile
 from cvxnn.validation import check_integer
 
 __all__ = ["WorkingSet"]
@@ -20,7 +24,9 @@ __all__ = ["WorkingSet"]
 #: Relative gap of the first round on its gates; later rounds are solved to a tenth of the gap over all gates.
 _FIRST_GAP = 1e-1
 _SHARE = 0.1
-#: Steps between two looks at the gap of a round.
+#: Share of the tolerance that the last round is solved to.
+_LAST_SHARE = 0.5
+#: Steps between two looks at the gap of a round of "admm"; "vector_admm" knows its gap.
 _LOOK_EVERY = 5
 #: Steps after which the whole problem is certified all the same: for the trace, callbacks and stalled runs.
 _CERTIFY_EVERY = 50
@@ -33,12 +39,12 @@ class WorkingSetOptions:
     Attributes
     ----------
     gates : int
-        Gates of the first round.
+        Gates of the first round; with a warm start the least number of them.
     new_gates : int or None
         Violated gates that are added at most after a pricing; None for as many as there are gates in the set.
     """
 
-    gates: int = 50
+    gates: int = 100
     new_gates: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,10 +55,11 @@ class WorkingSetOptions:
 class WorkingSet(Solver):
     """Rounds of ADMM on some of the gates, the others at zero.
 
-    A round is solved to a gap of its own. Then the dual norms of all gates are bounded from its dual candidate: this
-    is the certificate of the whole problem, and the gates whose norm is above beta are those that can lower the
-    objective. The worst of them join, and the next round starts where the last one ended. A round with no such gate
-    is solved further. The result is one of all gates: the driver certifies it on the whole problem.
+    A round is solved to a gap of its own, by ``vector_admm`` where that can serve. Then the dual norms of all gates are
+    bounded from its dual candidate (:class:`~cvxnn.solvers.pricing.Pricing`): this gives a bound of the whole problem,
+    and the gates whose norm is above beta are those that can lower the objective. The worst of them join, gates that
+    are certainly inactive leave, and the next round starts where the last one ended. A round with no gate to join is
+    solved further. The result is one of all gates: the driver certifies it on the whole problem.
     """
 
     name = "working_set"
@@ -70,15 +77,18 @@ class WorkingSet(Solver):
 
     def start(self, point: Iterate | None) -> None:
         problem = self.problem
+        self.pricing = Pricing(problem, self.kept)
+        self.kernels: GateKernels = self.kept.setdefault("kernels", GateKernels())
         zero = self.zero()
-        nu = problem.dual_candidate(evaluate(problem, zero.Z if point is None else point.Z).predictions)
-        norms = dual_bound(problem, nu).norms_upper
+        seen = evaluate(problem, zero.Z if point is None else point.Z)
+        nu = problem.dual_candidate(seen.predictions) if point is None or point.dual is None else point.dual.double()
+        used = torch.zeros(problem.n_gates, dtype=torch.bool, device=problem.device)
         if point is not None:
-            # Gates in use come first.
-            norms = norms + (norms.max() + problem.beta) * (point.blocks().abs().amax((1, 2)) > 0)
-        first = min(self.options.gates, problem.n_gates)
-        if point is not None:
-            first = max(first, int((point.blocks().abs().amax((1, 2)) > 0).sum()))
+            used = point.blocks().abs().amax((1, 2)) > 0
+        norms = self.pricing(problem.centred(nu), used.nonzero()[:, 0], seen).norms_upper
+        # Gates in use come first.
+        norms = norms + (norms.max() + problem.beta) * used
+        first = max(min(self.options.gates, problem.n_gates), int(used.sum()))
         self.gates = norms.topk(first).indices.sort().values
         self.steps, self.certified_at, self.level = 0, 0, _FIRST_GAP
         self.gap = math.inf
@@ -90,39 +100,62 @@ class WorkingSet(Solver):
 
     def _begin_round(self, point: Iterate | None, rho: float | None) -> None:
         """ADMM on the gates of the set, from a point on them."""
-        self.part = self.problem.with_gates(self.gates)
-        options = replace(AdmmOptions(), rho=rho)
-        self.inner = Admm(self.part, options, self.tol, self.time_limit)
-        lacking = Admm.unsupported(self.part)
-        self.finished = lacking is not None
+        self.part = part = self.problem.with_gates(self.gates)
+        self.inner: Admm | VectorAdmm
+        if VectorAdmm.unsupported(part) is None and is_worthwhile(part):
+            vector = VectorAdmm(part, VectorAdmmOptions(), self.level, self.time_limit)
+            gates = self.gates.numpy()
+            vector.form = lambda rows: self.kernels.kernel(rows, gates)
+            self.inner = vector
+        else:
+            self.inner = Admm(part, replace(AdmmOptions(), rho=rho), self.level, self.time_limit)
+            self.finished = Admm.unsupported(part) is not None
         self.inner.start(point)
 
     def step(self) -> None:
         self.inner.step()
         self.steps += 1
-        if self.steps % _LOOK_EVERY == 0:
-            self._look()
+        if isinstance(self.inner, VectorAdmm):
+            if self.inner.looked == self.inner.iteration and self.inner.gap <= self.level:
+                self._look(self.inner.iterate())
+        elif self.steps % _LOOK_EVERY == 0:
+            self._look(self.inner.iterate())
 
-    def _look(self) -> None:
+    def _look(self, point: Iterate) -> None:
         """Price all gates, where the round is solved far enough."""
-        point = self.inner.iterate()
         seen = evaluate(self.part, point.blocks())
         nu = self.problem.dual_candidate(seen.predictions) if point.dual is None else point.dual.double()
         nu = self.problem.centred(nu)
-        if relative_gap(seen.primal, dual_bound(self.part, nu).lower_bound) > self.level:
-            return
-        bound = dual_bound(self.problem, nu)
+        if not isinstance(self.inner, VectorAdmm):
+            reached = relative_gap(seen.primal, dual_bound(self.part, nu).lower_bound)
+            if reached > self.level:
+                return
+        bound = self.pricing(nu, self.gates, seen)
         gap = relative_gap(seen.primal, bound.lower_bound)
         if gap < self.gap:
             self.gap = gap
             self.priced = Iterate(self._embedded(point.blocks()), dual=nu)
-        self.level = max(self.tol / 4, min(_SHARE * gap, self.level))
+        self._tighten(gap)
         joining = self._violated(bound.norms_upper)
         if gap <= self.tol or len(joining) == 0:
             return
         whole = self._embedded(point.blocks())
-        self.gates = torch.cat([self.gates, joining]).sort().values
-        self._begin_round(self._restricted(Iterate(whole, dual=nu)), rho=self.inner.rho)
+        self.gates = self._next_set(joining, seen)
+        self._begin_round(self._restricted(Iterate(whole, dual=nu)), rho=getattr(self.inner, "rho", None))
+
+    def _tighten(self, gap: float) -> None:
+        """To which gap the next round is solved, or the same one from here on."""
+        self.level = max(_LAST_SHARE * self.tol, min(_SHARE * gap, self.level))
+        self.inner.tol = self.level
+
+    def _next_set(self, joining: torch.Tensor, seen: Evaluation) -> torch.Tensor:
+        """The set without what is screened, and with what joins."""
+        alive = torch.zeros(self.problem.n_gates, dtype=torch.bool, device=self.gates.device)
+        alive[self.pricing.alive] = True
+        # What is in use in the point counts in its value, whatever becomes of it.
+        assert seen.Z is not None
+        kept = self.gates[alive[self.gates] | (seen.Z.abs().amax((1, 2)) > 0)]
+        return torch.cat([kept, joining]).sort().values
 
     def _violated(self, norms: torch.Tensor) -> torch.Tensor:
         """The worst gates outside of the set: those that hold the bound below that of the round.
@@ -155,17 +188,19 @@ class WorkingSet(Solver):
         return Iterate(self._embedded(point.blocks()), dual=point.dual)
 
     def facts(self) -> dict[str, Any]:
-        return {"gates": len(self.gates)}
+        return {"gates": len(self.gates), "screened": self.pricing.n_screened}
 
     def state(self) -> dict[str, Any]:
         inner = {f"inner.{name}": value for name, value in self.inner.state().items()}
-        return {**inner, "gates": self.gates, "steps": self.steps, "level": self.level}
+        own = {"gates": self.gates, "alive": self.pricing.alive, "steps": self.steps, "level": self.level}
+        return {**inner, **own}
 
     def load_state(self, state: dict[str, Any]) -> None:
         prefix = "inner."
         for name, value in state.items():
-            if not name.startswith(prefix):
+            if not name.startswith((prefix, "alive")):
                 setattr(self, name, value)
+        self.pricing.restrict(state["alive"])
         # The point of the best pricing is not kept: it is found again.
         self.priced, self.gap, self.certified_at = None, math.inf, self.steps
         self._begin_round(None, rho=state[prefix + "rho"])
