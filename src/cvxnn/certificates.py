@@ -14,6 +14,7 @@ from cvxnn.columns import Columns
 from cvxnn.cones import FEASIBILITY
 from cvxnn.errors import InvalidInputError
 from cvxnn.evaluation import Evaluation, as_tensor, column_penalties, evaluate
+from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
 
 __all__ = [
@@ -174,8 +175,13 @@ def _factor_stationarity(problem: Problem, columns: Columns, nu: torch.Tensor) -
 
 def _block_stationarity(problem: Problem, Z: torch.Tensor, nu: torch.Tensor) -> float:
     """Relative residual of (68), (69) for the balanced singular pairs of blocks Z, not zero, from the blocks of A*."""
-    beta = problem.beta
-    G = problem.operator.double().adjoint(nu)
+    beta, op = problem.beta, problem.operator.double()
+    if type(op) is MLPOperator:
+        # Blocks that are zero have no singular pairs that count.
+        used = (Z != 0).any(2).any(1).nonzero()[:, 0]
+        if 2 * len(used) <= op.n_gates:
+            op, Z = op.select(used), Z[used]
+    G = op.adjoint(nu)
     left, values, right = torch.linalg.svd(Z, full_matrices=False)
     first, second = G @ right.mT + beta * left, G.mT @ left + beta * right.mT
     squares = first.square().sum(1) + second.square().sum(1)
