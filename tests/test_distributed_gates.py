@@ -137,7 +137,7 @@ def test_what_does_not_work_is_said(tmp_path):
 
 def long_run(problem, solver, **options):
     """25 iterations, however many processes there are."""
-    chosen = {"side": "samples"} if solver == "admm" else None
+    chosen = {"admm": {"side": "samples"}, "bm_lbfgs": {"inner_iter": 2}}.get(solver)
     return cvxnn.solve(problem, solver, tol=1e-12, random_state=0, max_iter=25, solver_options=chosen, **options)
 
 
@@ -163,7 +163,7 @@ def resumed(group, folder, solver):
     return worker.facts(problem, long_run(problem, solver, checkpoint=file, resume=True))
 
 
-@pytest.mark.parametrize("solver", ["admm", "fista", "bm_gd"])
+@pytest.mark.parametrize("solver", ["admm", "fista", "bm_gd", "bm_lbfgs"])
 def test_a_process_that_ends_leaves_a_checkpoint(solver, tmp_path):
     """The last one that was put together; any number of processes goes on from it."""
     processes = worker.start(dying, tmp_path, timeout=10, shard="gates", arguments=(solver,))
