@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -196,6 +197,29 @@ def test_mixed_columns(run, run_json, mixed, tmp_path):
     status, document, _ = run_json("predict", out / "model.safetensors", unlabelled)
     assert (status, document["scores"]) == (0, None)
     assert len(document["predictions"]["prediction"]) == 60
+
+
+def test_a_table_of_one_column(run, tmp_path):
+    (tmp_path / "semicolons.csv").write_text("a;b;y\n1;2;0\n2;3;1\n")
+    status, out, err = run("fit", str(tmp_path / "semicolons.csv"))
+    assert (status, out) == (1, "")
+    assert err.endswith("has only one column, 'a;b;y'; a target and features, separated by commas, are wanted\n")
+
+
+def test_a_folder_whose_name_is_too_long(run, tmp_path):
+    status, _, err = run("fit", "iris", "--out", str(tmp_path / ("x" * 300)))
+    assert status == 1
+    assert err.startswith("Error: cannot write to ")
+    assert err.endswith("File name too long\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_standard_output_on_a_full_disk(options):
+    command = [sys.executable, "-m", "cvxnn.cli", "datasets", "list", *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: cannot write to standard output: No space left on device\n"
 
 
 def test_parquet(run_json, mixed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,11 @@ def _cvxnn(
         raise InvalidInputError("the command is missing; 'cvxnn --help' lists them")
 
 
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere, so that the end of the process cannot fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; errors become one sentence on standard error.
 
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = app(args=arguments, prog_name="cvxnn", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return FAILED
     except (KeyboardInterrupt, typer.Abort):
         return print_error("interrupted before there was a result", INTERRUPTED, as_json)
@@ -74,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CvxnnError as error:
         return print_error(str(error), FAILED, as_json)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _drop_output()
+            return print_error(f"cannot write to standard output: {error.strerror}", FAILED, False)
         if hasattr(error, "format_message"):
             return print_error(f"{error.format_message()} See 'cvxnn --help'.", WRONG_USE, as_json)
         if os.environ.get("CVXNN_TRACEBACK"):

@@ -66,6 +66,11 @@ class Source:
     def choose_target(self, asked: str | None, default: str | None = None) -> str:
         """The target column: as asked, or the default given, or the last one."""
         columns = list(self.frame.columns)
+        if len(columns) == 1:
+            raise DataError(
+                f"{self.name} has only one column, {columns[0]!r}; a target and features, separated by commas, are "
+                "wanted"
+            )
         if asked is not None and asked not in columns:
             shown = ", ".join(map(repr, columns[:12])) + (", ..." if len(columns) > 12 else "")
             raise InvalidInputError(f"--target is {asked!r}; one of the columns {shown} is wanted")

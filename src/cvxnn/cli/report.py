@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ def print_error(message: str, status: int, as_json: bool) -> int:
     sentence = " ".join(message.split())
     print(f"Error: {sentence}", file=sys.stderr)
     if as_json:
-        print(_dump({"error": sentence}))
+        # What went wrong may be standard output itself.
+        with suppress(OSError):
+            print(_dump({"error": sentence}))
     return status
 
 
@@ -127,13 +129,18 @@ def check_folder(path: Path) -> None:
     StorageError
         A file is in the way, or there is no permission.
     """
-    for ancestor in (path, *path.absolute().parents):
-        if ancestor.is_dir():
-            if not os.access(ancestor, os.W_OK | os.X_OK):
-                raise StorageError(f"cannot write to {path}: no permission for {ancestor}")
-            return
-        if ancestor.exists() or ancestor.is_symlink():
-            raise StorageError(f"cannot write to {path}: {ancestor} is not a folder")
+    try:
+        for ancestor in (path, *path.absolute().parents):
+            if ancestor.is_dir():
+                if not os.access(ancestor, os.W_OK | os.X_OK):
+                    raise StorageError(f"cannot write to {path}: no permission for {ancestor}")
+                return
+            if ancestor.exists() or ancestor.is_symlink():
+                raise StorageError(f"cannot write to {path}: {ancestor} is not a folder")
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
 @contextmanager
