@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
 
 import cvxnn
-from cvxnn.errors import CertificationWarning, InvalidInputError, StorageError
+from cvxnn.errors import CertificationWarning, InvalidInputError, StorageError, UnsupportedError
 from cvxnn.files import read_tensors, write_tensors
 from cvxnn.layerwise import LayerwiseCNNClassifier, from_state, layerwise_estimate, to_state
 from cvxnn.operators import PatchGeometry
@@ -377,3 +377,11 @@ def test_models_on_disk(tmp_path):
     )
     with pytest.raises(StorageError, match="'stages' is missing"):
         cvxnn.load(file)
+
+
+def test_there_is_no_onnx_graph_of_layerwise_networks(tmp_path):
+    images = np.random.default_rng(0).random((12, 1, 6, 6))
+    model = LayerwiseCNNClassifier(n_gates=3, n_stages=1, rank=1, epochs=1, random_state=0)
+    model.fit(images, np.arange(12) % 2)
+    with pytest.raises(UnsupportedError, match="layerwise"):
+        cvxnn.export_onnx(model, tmp_path / "model.onnx")

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from cvxnn._version import __version__
-from cvxnn.errors import DependencyError, InvalidInputError
+from cvxnn.errors import DependencyError, InvalidInputError, UnsupportedError
 from cvxnn.files import write_atomically
+from cvxnn.layerwise.network import LayerwiseNetwork
 from cvxnn.networks import AttentionNetwork, Network, TwoLayerCNN, TwoLayerNetwork
 
 __all__ = ["export_onnx"]
@@ -52,6 +53,8 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
+    UnsupportedError
+        The model is a layerwise network.
     DependencyError
         Without the extra ``cvxnn[onnx]``.
     InvalidInputError
@@ -83,6 +86,10 @@ def _network_of(model: Any) -> Network:
     network = model if isinstance(model, torch.nn.Module) else getattr(model, "network_", None)
     if network is None and hasattr(model, "get_params"):
         raise InvalidInputError(f"model is a {type(model).__name__} that is not fitted; call fit before export_onnx")
+    if isinstance(network, LayerwiseNetwork):
+        raise UnsupportedError(
+            "model is a layerwise network, for which there is no ONNX graph; save it with cvxnn.save"
+        )
     if not isinstance(network, Network):
         raise InvalidInputError(
             f"model is a {type(model).__name__}; a fitted estimator of cvxnn or one of its networks is wanted"
