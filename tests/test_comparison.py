@@ -106,7 +106,7 @@ def test_seconds_to_a_gap_and_the_table():
     table = times(pd.concat([curve, ours]))
     text = markdown(table)
     assert "4 / not in 60" in text and "0.2 / 0.4" in text
-    assert "| geometric mean | 0.0001 | | | | 20 |" in ratios(table)
+    assert "| geometric mean | 1e-4 | | | | 20 |" in ratios(table)
 
 
 @pytest.mark.usefixtures("scripts")

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-__all__ = ["INSTANCE", "draw", "read_run", "seconds_to"]
+__all__ = ["INSTANCE", "as_power", "draw", "read_run", "seconds_to"]
 
 INSTANCE = ["dataset", "beta", "absolute", "n_gates"]
 #: Points of a curve whose seconds are at least so much of each other are interpolated.
@@ -29,6 +29,11 @@ _COLUMNS = {
     "objective_train_accuracy": "train_accuracy",
     "objective_test_accuracy": "test_accuracy",
 }
+
+
+def as_power(tol: float) -> str:
+    """1e-6, whatever Python writes."""
+    return f"{tol:.0e}".replace("e-0", "e-")
 
 
 def read_run(parquet: Path) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
-from results import INSTANCE, seconds_to
+from results import INSTANCE, as_power, seconds_to
 from summary import summary
 
 TOLERANCES = (1e-4, 1e-6)
@@ -88,12 +88,12 @@ def ratios(table: pd.DataFrame, ours: str = "cvxnn-auto") -> str:
             logs[tol].append(math.log(theirs / our))
             mark = "" if math.isfinite(best[tol]) else " (cap)"
             lines.append(
-                f"| {_name(*instance)} | {tol:g} | {_seconds(our)} | {best['solver']} | {_seconds(theirs)}{mark} | "
+                f"| {_name(*instance)} | {as_power(tol)} | {_seconds(our)} | {best['solver']} | {_seconds(theirs)}{mark} | "
                 f"{theirs / our:.2g} |"
             )
     for tol, values in logs.items():
         if values:
-            lines.append(f"| geometric mean | {tol:g} | | | | {math.exp(sum(values) / len(values)):.2g} |")
+            lines.append(f"| geometric mean | {as_power(tol)} | | | | {math.exp(sum(values) / len(values)):.2g} |")
     return "\n".join(lines) + "\n"
 
 
