@@ -87,10 +87,8 @@ def ratios(table: pd.DataFrame, ours: str = "cvxnn-auto") -> str:
             theirs, our = min(best[tol], best["cap"]), mine.iloc[0][tol]
             logs[tol].append(math.log(theirs / our))
             mark = "" if math.isfinite(best[tol]) else " (cap)"
-            lines.append(
-                f"| {_name(*instance)} | {as_power(tol)} | {_seconds(our)} | {best['solver']} | {_seconds(theirs)}{mark} | "
-                f"{theirs / our:.2g} |"
-            )
+            cells = [_name(*instance), as_power(tol), _seconds(our), best["solver"], _seconds(theirs) + mark]
+            lines.append("| " + " | ".join([*cells, f"{theirs / our:.2g}"]) + " |")
     for tol, values in logs.items():
         if values:
             lines.append(f"| geometric mean | {as_power(tol)} | | | | {math.exp(sum(values) / len(values)):.2g} |")
