@@ -74,8 +74,8 @@ def summary(table: pd.DataFrame, beta: float, n_gates: int, tol: float) -> str:
     lines.append("")
     lines.append(
         f"Seconds on one core to a relative gap of {as_power(tol)} of one convex program: P = {n_gates} gates "
-        f"drawn, the sum of squares, beta = {beta:g} beta_max, float64; in brackets the accuracy on test samples. cvxnn proves its "
-        "gap; the others reach it without knowing. `make bench` measures, `benchmarks/comparison/table.py` makes the "
-        "table; [all figures](docs/results/peers.md)."
+        f"drawn, the sum of squares, beta = {beta:g} beta_max, float64; in brackets the accuracy on test samples. "
+        "cvxnn proves its gap; the others reach it without knowing. `make bench` measures, "
+        "`benchmarks/comparison/table.py` makes the table; [all figures](docs/results/peers.md)."
     )
     return "\n".join(lines) + "\n"

@@ -10,11 +10,11 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.iterative_ridge import IterativeRidge, n_landmarks
 from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
 
-__all__ = ["SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge", "side_costs"]
+__all__ = ["SHARE", "SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge", "side_costs"]
 
 SIDES = ("samples", "features", "iterative")
 #: Part of the free memory that the matrices may take.
-_SHARE = 0.8
+SHARE = 0.8
 
 
 def side_costs(operator: Operator, constant_target: bool, iterations: int = 150) -> dict[str, float]:
@@ -50,7 +50,7 @@ def factor_bytes(problem: Problem, side: str, memory: int) -> int:
 
 def fits(problem: Problem, needed: int) -> bool:
     """Whether matrices of so many bytes fit in the memory that is free, for each of several processes."""
-    group, free = problem.operator.group, _SHARE * available_bytes(problem.device)
+    group, free = problem.operator.group, SHARE * available_bytes(problem.device)
     if group is None:
         return needed <= free
     beside = group.size_here if problem.device.type == "cpu" else 1
