@@ -13,6 +13,8 @@ __all__ = ["INSTANCE", "as_power", "draw", "read_run", "seconds_to"]
 INSTANCE = ["dataset", "beta", "absolute", "n_gates"]
 #: Points of a curve whose seconds are at least so much of each other are interpolated.
 _NEAR = 0.1
+#: Points before this are those of Z = 0, for which nothing was done.
+_NOTHING = 2e-4
 _COLUMNS = {
     "dataset_name": "dataset",
     "p_obj_beta": "beta",
@@ -79,16 +81,18 @@ def draw(rows: pd.DataFrame, file: Path) -> None:
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     for axis in axes.flat[len(instances) :]:
         axis.set_visible(False)
-    for axis, ((dataset, beta, _, n_gates), part) in zip(axes.flat, instances, strict=False):
+    for axis, ((dataset, beta, absolute, n_gates), part) in zip(axes.flat, instances, strict=False):
         for name, curve in part.groupby("solver"):
-            points = curve[curve["gap"].notna() & (curve["seconds"] > 0)].sort_values("seconds")
+            points = curve[curve["gap"].notna() & (curve["seconds"] > _NOTHING)].sort_values("seconds")
             if len(points):
                 gap = points["gap"].clip(lower=1e-9)
-                axis.loglog(points["seconds"], gap, ".-", label=name, color=colours[name], linewidth=1)
+                ours = name == "cvxnn-auto"
+                style = {"color": "black", "linewidth": 2} if ours else {"color": colours[name], "linewidth": 1}
+                axis.loglog(points["seconds"], gap, ".-", label=name, zorder=3 if ours else 2, **style)
         for tol in (1e-4, 1e-6):
             axis.axhline(tol, color="0.8", linewidth=0.8, zorder=0)
         axis.set_ylim(1e-9, 10)
-        axis.set_title(f"{dataset}, {n_gates} gates, beta {beta:g}", fontsize=9)
+        axis.set_title(f"{dataset}, {n_gates} gates, beta {beta:g}" + ("" if absolute else " beta_max"), fontsize=9)
         axis.set_xlabel("seconds")
         axis.set_ylabel("relative gap")
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines() if not h.get_label().startswith("_")}
