@@ -9,6 +9,7 @@ from cvxnn.bounds import dual_bound
 from cvxnn.certificates import evaluate
 from cvxnn.operators import MLPOperator
 from cvxnn.solvers import gate_kernels
+from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.gate_kernels import GateKernels
 from cvxnn.solvers.gated_rows import GatedRows
@@ -92,6 +93,28 @@ def test_resumes_to_the_same_optimum(tmp_path):
     reference = cvxnn.solve(problem, "admm", tol=TOL)
     assert result.status == "certified"
     assert result.objective == pytest.approx(reference.objective, rel=2 * TOL)
+
+
+@pytest.mark.parametrize(("c", "stops"), [(1, (5, 12)), (2, (5, 21))])
+def test_resumes_with_the_same_bits(tmp_path, c, stops):
+    problem = many_gates(beta=0.05, c=c)
+    common = {"tol": TOL, "solver_options": {"gates": 5}}
+    whole = cvxnn.solve(problem, "working_set", checkpoint=tmp_path / "whole", **common)
+    for stop in stops:
+        file = tmp_path / f"run-{stop}"
+        cvxnn.solve(problem, "working_set", max_iter=stop, checkpoint=file, **common)
+        resumed = cvxnn.solve(problem, "working_set", checkpoint=file, resume=True, **common)
+        assert resumed.n_iter == whole.n_iter
+        assert torch.equal(resumed.Z, whole.Z)
+        assert torch.equal(resumed.dual, whole.dual)
+
+
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+def test_a_round_that_has_just_begun_has_a_point(side):
+    problem = many_gates(c=2)
+    admm = Admm(problem, AdmmOptions(side=side), TOL, None)
+    admm.start(None)
+    assert not bool(admm.iterate().blocks().any())
 
 
 def test_one_gate_is_refused():
