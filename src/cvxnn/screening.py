@@ -68,9 +68,10 @@ def safe_radius(problem: Problem, point: Evaluation, lower_bound: float) -> floa
     if not (math.isfinite(point.primal) and math.isfinite(lower_bound) and point.is_feasible(problem)):
         return math.inf
     Y, w = problem.Y64, problem.weights
-    error = 0.0
+    # That of adding the intercept, and that of the map.
+    error = 2 * _EPS * float(torch.linalg.vector_norm(point.predictions))
     if point.Z is not None:
-        error = problem.operator.double().apply_rounding(point.Z)
+        error += problem.operator.double().apply_rounding(point.Z)
     slope = float(torch.linalg.vector_norm(problem.loss.gradient(point.predictions, Y, w)))
     smoothness = problem.loss.smoothness * (1 + _SMOOTHNESS_SLACK)
     rounding = 4 * (Y.numel() + sum(problem.operator.block_shape)) * _EPS * abs(point.primal)
