@@ -14,6 +14,8 @@ from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.gate_kernels import GateKernels
 from cvxnn.solvers.gated_rows import GatedRows
 from cvxnn.solvers.pricing import Pricing
+from cvxnn.solvers.sides import make_ridge
+from cvxnn.solvers.working_set import WorkingSet, WorkingSetOptions
 from tests.helpers import make_problem
 
 TOL = 1e-6
@@ -115,6 +117,41 @@ def test_a_round_that_has_just_begun_has_a_point(side):
     admm = Admm(problem, AdmmOptions(side=side), TOL, None)
     admm.start(None)
     assert not bool(admm.iterate().blocks().any())
+
+
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+def test_a_factor_that_failed_is_made_again(side, monkeypatch):
+    problem = many_gates(c=2)
+    ridge = make_ridge(side, problem.operator, problem.weights, False, problem.Y)
+    ridge.factor(2.0)
+
+    def fails(*_):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr("cvxnn.solvers.ridge.cholesky", fails)
+    monkeypatch.setattr("cvxnn.solvers.iterative_ridge.cholesky", fails)
+    with pytest.raises(torch.linalg.LinAlgError):
+        ridge.factor(1.0)
+    # Runs of a path go on with the factor of this penalty, where it serves.
+    assert ridge.rho == 0.0
+
+
+def test_ends_where_rounding_stops_the_rounds(monkeypatch):
+    problem = many_gates()
+    solver = WorkingSet(problem, WorkingSetOptions(), TOL, None)
+    solver.start(None)
+    assert not solver.limited_by_rounding()
+    monkeypatch.setattr(type(solver.inner), "limited_by_rounding", lambda _: True)
+    monkeypatch.setattr(type(solver.inner), "message", lambda *_: "uneven")
+    assert solver.limited_by_rounding()
+    assert solver.message(cvxnn.certify(problem, Z=solver.iterate().Z)) == "uneven"
+
+
+def test_prices_in_float64_where_products_of_float32_are_coarser(monkeypatch):
+    problem = many_gates(c=2)
+    assert Pricing(problem, {})._single is not None
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert Pricing(problem, {})._single is None
 
 
 def test_one_gate_is_refused():

@@ -108,6 +108,9 @@ def _in_single(op: Operator) -> Operator | None:
     """The map in float32, for perceptrons with data in memory of usual size."""
     if type(op) is not MLPOperator or op.gates is None:
         return None
+    # Otherwise products of float32 may be those of TF32 or bfloat16, whose errors are not bounded here.
+    if torch.get_float32_matmul_precision() != "highest":
+        return None
     largest = float(op.X.abs().max())
     if not _SMALL < largest < _LARGE:
         return None

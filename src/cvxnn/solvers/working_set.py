@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from cvxnn.bounds import dual_bound
-from cvxnn.certificates import Evaluation, evaluate, relative_gap
+from cvxnn.certificates import Certificate, Evaluation, evaluate, relative_gap
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.base import Iterate, Solver
@@ -191,6 +191,12 @@ class WorkingSet(Solver):
 
     def facts(self) -> dict[str, Any]:
         return {"gates": len(self.gates), "screened": self.pricing.n_screened}
+
+    def limited_by_rounding(self) -> bool:
+        return self.inner.limited_by_rounding()
+
+    def message(self, certificate: Certificate) -> str:
+        return self.inner.message(certificate)
 
     def state(self) -> dict[str, Any]:
         inner = {f"inner.{name}": value for name, value in self.inner.state().items()}
