@@ -136,6 +136,22 @@ def test_a_factor_that_failed_is_made_again(side, monkeypatch):
     assert ridge.rho == 0.0
 
 
+def test_weights_and_penalty_stay_together_where_a_factor_failed(monkeypatch):
+    problem = many_gates(loss="huber")
+    solver = Admm(problem, AdmmOptions(side="samples"), TOL, None)
+    solver.start(None)
+    solver.sigma *= 2
+
+    def fails(*_):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr("cvxnn.solvers.ridge.cholesky", fails)
+    with pytest.raises(torch.linalg.LinAlgError):
+        solver._refactor(True)
+    weights = solver.kept["ridge"]._root[:, 0].square()
+    torch.testing.assert_close(weights, torch.full_like(weights, solver.kept["sigma"]))
+
+
 def test_ends_where_rounding_stops_the_rounds(monkeypatch):
     problem = many_gates()
     solver = WorkingSet(problem, WorkingSetOptions(), TOL, None)

@@ -270,8 +270,8 @@ class Admm(Solver):
     def _refactor(self, sigma_changed: bool) -> None:
         if sigma_changed:
             self.ridge.set_weights(self._penalties())
+            self._keep(self.ridge)
         self.ridge.factor(self.rho)
-        self._keep(self.ridge)
 
     def iterate(self) -> Iterate:
         if not self.squared:
