@@ -204,6 +204,16 @@ def test_gates_are_screened_on_the_way_and_none_that_is_in_use(options):
     assert used <= set(pricing.alive.tolist())
 
 
+@pytest.mark.parametrize("c", [1, 2])
+def test_an_optimum_without_gates_is_reached(c):
+    problem = many_gates(c=c)
+    start = cvxnn.solve(problem, "admm", tol=1e-3)
+    above = problem.with_beta(1.5 * problem.beta_max)
+    result = cvxnn.solve(above, "working_set", init=start, tol=0, max_iter=100)
+    assert result.trace[-1]["screened"] == problem.n_gates - 1
+    assert result.certificate.relative_gap < 1e-12
+
+
 def test_kernels_of_changing_sets_are_those_of_each():
     rng = np.random.default_rng(0)
     X, D = rng.standard_normal((30, 4)), rng.random((30, 20)) > 0.5

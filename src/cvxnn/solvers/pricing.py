@@ -86,6 +86,9 @@ class Pricing:
     def _screen(self, bound: DualBound, seen: Evaluation) -> None:
         radius = safe_radius(self.problem, seen, bound.lower_bound)
         inactive = inactive_gates(self.problem.beta, bound, radius, self._sizes)[self.alive]
+        if bool(inactive.all()):
+            # Zero is the optimum; a problem has at least one gate.
+            inactive[bound.feasible_norms[self.alive].argmax()] = False
         if not bool(inactive.any()):
             return
         remaining = self.alive[~inactive]
