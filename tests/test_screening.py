@@ -188,3 +188,11 @@ def test_radius_covers_the_rounding_of_a_large_intercept(sign):
     lost = loss + Fraction(problem.beta) * Fraction(Z) - Fraction(point.primal)
     assert abs(lost) > 1e-13
     assert Fraction(safe_radius(problem, point, point.primal)) ** 2 / 2 >= lost
+
+
+def test_nothing_is_screened_from_factors_whose_rounding_is_not_bounded():
+    problem = solved_problem("squared", ("l2", "l2"), False)
+    best = optimum_of(problem)
+    U, S, Vh = torch.linalg.svd(best.Z, full_matrices=False)
+    point = evaluate(problem, factors=(U * S.sqrt().unsqueeze(1), Vh.mT * S.sqrt().unsqueeze(1)))
+    assert safe_radius(problem, point, best.certificate.lower_bound) == np.inf
