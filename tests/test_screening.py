@@ -1,5 +1,7 @@
 """Screening: no gate that an optimum uses is ever screened, whatever the point it is screened from."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -170,3 +172,27 @@ def test_spectral_bounds_are_tight_where_patterns_are_all_ones():
     X = np.random.default_rng(0).standard_normal((50, 4))
     problem = cvxnn.mlp_problem(X, X[:, :1], activation="linear", beta=0.1, reduction="sum")
     assert float(gate_sizes(problem)) == pytest.approx(float(np.linalg.norm(X, 2)), rel=1e-9)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_radius_covers_the_rounding_of_a_large_intercept(sign):
+    X, Z, offset = np.array([[1.0], [2.0], [3.0]]), 0.1, 1e8 / 3
+    outputs = X * Z + offset
+    problem = cvxnn.mlp_problem(
+        X, outputs + sign * 1e-3, activation="linear", beta=1e-6, reduction="sum", output_bias=True
+    )
+    point = evaluate(problem, torch.full((1, 1, 1), Z, dtype=torch.float64), intercept=[offset])
+    targets = problem.Y64[:, 0].tolist()
+    rows = zip(X[:, 0].tolist(), targets, strict=True)
+    loss = sum((Fraction(x) * Fraction(Z) + Fraction(offset) - Fraction(y)) ** 2 for x, y in rows) / 2
+    lost = loss + Fraction(problem.beta) * Fraction(Z) - Fraction(point.primal)
+    assert abs(lost) > 1e-13
+    assert Fraction(safe_radius(problem, point, point.primal)) ** 2 / 2 >= lost
+
+
+def test_nothing_is_screened_from_factors_whose_rounding_is_not_bounded():
+    problem = solved_problem("squared", ("l2", "l2"), False)
+    best = optimum_of(problem)
+    U, S, Vh = torch.linalg.svd(best.Z, full_matrices=False)
+    point = evaluate(problem, factors=(U * S.sqrt().unsqueeze(1), Vh.mT * S.sqrt().unsqueeze(1)))
+    assert safe_radius(problem, point, best.certificate.lower_bound) == np.inf

@@ -345,6 +345,22 @@ def test_solutions_of_the_system(n, intercept, kind):
             np.testing.assert_allclose(rest, 0, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [KernelSystem, NystromSystem])
+def test_a_factor_that_failed_is_made_again(kind, monkeypatch):
+    X, _ = data(60, 4)
+    system = kind(GatedRows(X, (X @ X[:7].T >= 0).astype(float)), None)
+    system.factor(3.0)
+
+    def fails(*_):
+        raise np.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(KernelSystem, "_factored", fails)
+    monkeypatch.setattr(np.linalg, "cholesky", fails)
+    with pytest.raises(np.linalg.LinAlgError):
+        system.factor(2.0)
+    assert system.rho == 0.0
+
+
 @pytest.mark.parametrize("intercept", [False, True])
 def test_metrics_of_the_two_systems(intercept, monkeypatch):
     """That of the approximation is exact where all samples are in it."""

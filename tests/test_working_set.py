@@ -9,10 +9,13 @@ from cvxnn.bounds import dual_bound
 from cvxnn.certificates import evaluate
 from cvxnn.operators import MLPOperator
 from cvxnn.solvers import gate_kernels
+from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.gate_kernels import GateKernels
 from cvxnn.solvers.gated_rows import GatedRows
 from cvxnn.solvers.pricing import Pricing
+from cvxnn.solvers.sides import make_ridge
+from cvxnn.solvers.working_set import WorkingSet, WorkingSetOptions
 from tests.helpers import make_problem
 
 TOL = 1e-6
@@ -94,6 +97,79 @@ def test_resumes_to_the_same_optimum(tmp_path):
     assert result.objective == pytest.approx(reference.objective, rel=2 * TOL)
 
 
+@pytest.mark.parametrize(("c", "stops"), [(1, (5, 12)), (2, (5, 21))])
+def test_resumes_with_the_same_bits(tmp_path, c, stops):
+    problem = many_gates(beta=0.05, c=c)
+    common = {"tol": TOL, "solver_options": {"gates": 5}}
+    whole = cvxnn.solve(problem, "working_set", checkpoint=tmp_path / "whole", **common)
+    for stop in stops:
+        file = tmp_path / f"run-{stop}"
+        cvxnn.solve(problem, "working_set", max_iter=stop, checkpoint=file, **common)
+        resumed = cvxnn.solve(problem, "working_set", checkpoint=file, resume=True, **common)
+        assert resumed.n_iter == whole.n_iter
+        assert torch.equal(resumed.Z, whole.Z)
+        assert torch.equal(resumed.dual, whole.dual)
+
+
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+def test_a_round_that_has_just_begun_has_a_point(side):
+    problem = many_gates(c=2)
+    admm = Admm(problem, AdmmOptions(side=side), TOL, None)
+    admm.start(None)
+    assert not bool(admm.iterate().blocks().any())
+
+
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+def test_a_factor_that_failed_is_made_again(side, monkeypatch):
+    problem = many_gates(c=2)
+    ridge = make_ridge(side, problem.operator, problem.weights, False, problem.Y)
+    ridge.factor(2.0)
+
+    def fails(*_):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr("cvxnn.solvers.ridge.cholesky", fails)
+    monkeypatch.setattr("cvxnn.solvers.iterative_ridge.cholesky", fails)
+    with pytest.raises(torch.linalg.LinAlgError):
+        ridge.factor(1.0)
+    # Runs of a path go on with the factor of this penalty, where it serves.
+    assert ridge.rho == 0.0
+
+
+def test_weights_and_penalty_stay_together_where_a_factor_failed(monkeypatch):
+    problem = many_gates(loss="huber")
+    solver = Admm(problem, AdmmOptions(side="samples"), TOL, None)
+    solver.start(None)
+    solver.sigma *= 2
+
+    def fails(*_):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr("cvxnn.solvers.ridge.cholesky", fails)
+    with pytest.raises(torch.linalg.LinAlgError):
+        solver._refactor(True)
+    weights = solver.kept["ridge"]._root[:, 0].square()
+    torch.testing.assert_close(weights, torch.full_like(weights, solver.kept["sigma"]))
+
+
+def test_ends_where_rounding_stops_the_rounds(monkeypatch):
+    problem = many_gates()
+    solver = WorkingSet(problem, WorkingSetOptions(), TOL, None)
+    solver.start(None)
+    assert not solver.limited_by_rounding()
+    monkeypatch.setattr(type(solver.inner), "limited_by_rounding", lambda _: True)
+    monkeypatch.setattr(type(solver.inner), "message", lambda *_: "uneven")
+    assert solver.limited_by_rounding()
+    assert solver.message(cvxnn.certify(problem, Z=solver.iterate().Z)) == "uneven"
+
+
+def test_prices_in_float64_where_products_of_float32_are_coarser(monkeypatch):
+    problem = many_gates(c=2)
+    assert Pricing(problem, {})._single is not None
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert Pricing(problem, {})._single is None
+
+
 def test_one_gate_is_refused():
     problem = make_problem(activation="linear")
     with pytest.raises(cvxnn.errors.UnsupportedError, match="one gate"):
@@ -126,6 +202,16 @@ def test_gates_are_screened_on_the_way_and_none_that_is_in_use(options):
     values = optimum.Z.abs().amax((1, 2))
     used = set((values > 1e-4 * values.max()).nonzero()[:, 0].tolist())
     assert used <= set(pricing.alive.tolist())
+
+
+@pytest.mark.parametrize("c", [1, 2])
+def test_an_optimum_without_gates_is_reached(c):
+    problem = many_gates(c=c)
+    start = cvxnn.solve(problem, "admm", tol=1e-3)
+    above = problem.with_beta(1.5 * problem.beta_max)
+    result = cvxnn.solve(above, "working_set", init=start, tol=0, max_iter=100)
+    assert result.trace[-1]["screened"] == problem.n_gates - 1
+    assert result.certificate.relative_gap < 1e-12
 
 
 def test_kernels_of_changing_sets_are_those_of_each():

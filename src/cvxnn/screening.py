@@ -21,8 +21,8 @@ Derivation. Let nu be feasible for the dual, maximise D(nu) = -F*(nu) subject to
    drops out of s_k.
 4. Z_k = 0 in every optimum, if ||A_k*(nu*)||_D* < beta: as -A_k*(nu*) is a subgradient of beta ||.||_D at Z_k.
 
-For cones (ReLU) the same holds, as a maximum over a part of the atoms is no larger. Everything is rounded upwards; a
-certificate does not rest on it, as its dual norms are those of all gates.
+For cones (ReLU) the same holds, as a maximum over a part of the atoms is no larger; points of factors are not screened
+from so far. Everything is rounded upwards; a certificate does not rest on it, as its dual norms are those of all gates.
 """
 
 from __future__ import annotations
@@ -61,16 +61,17 @@ def safe_radius(problem: Problem, point: Evaluation, lower_bound: float) -> floa
     ----------
     problem : Problem
     point : Evaluation
-        Any point of the problem; what rounding may have taken from its objective is added.
+        A point with blocks; what rounding may have taken from its objective is added. For factors this is not known,
+        and the radius is infinite.
     lower_bound : float
         :attr:`DualBound.lower_bound` of nu.
     """
-    if not (math.isfinite(point.primal) and math.isfinite(lower_bound) and point.is_feasible(problem)):
+    if point.Z is None or not (math.isfinite(point.primal) and math.isfinite(lower_bound)):
         return math.inf
     Y, w = problem.Y64, problem.weights
-    error = 0.0
-    if point.Z is not None:
-        error = problem.operator.double().apply_rounding(point.Z)
+    # That of adding the intercept, and that of the map.
+    error = 2 * _EPS * float(torch.linalg.vector_norm(point.predictions))
+    error += problem.operator.double().apply_rounding(point.Z)
     slope = float(torch.linalg.vector_norm(problem.loss.gradient(point.predictions, Y, w)))
     smoothness = problem.loss.smoothness * (1 + _SMOOTHNESS_SLACK)
     rounding = 4 * (Y.numel() + sum(problem.operator.block_shape)) * _EPS * abs(point.primal)

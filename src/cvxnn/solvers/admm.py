@@ -130,6 +130,8 @@ class Admm(Solver):
             self.ridge.factor(self.rho)
         if point is not None:
             self._warm_start(point)
+        # A point is asked for before the first step, where a round of "working_set" has just begun.
+        self._last_Z = self._last_W = self.W
 
     def _acceleration(self) -> Anderson:
         if not self.op.shares_gates:
@@ -268,8 +270,8 @@ class Admm(Solver):
     def _refactor(self, sigma_changed: bool) -> None:
         if sigma_changed:
             self.ridge.set_weights(self._penalties())
+            self._keep(self.ridge)
         self.ridge.factor(self.rho)
-        self._keep(self.ridge)
 
     def iterate(self) -> Iterate:
         if not self.squared:

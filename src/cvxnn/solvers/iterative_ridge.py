@@ -71,8 +71,9 @@ class IterativeRidge(Ridge):
         return kernel_fit_norm(lambda v: self._pushed(self._pulled(v)), scale, target, total)
 
     def factor(self, rho: float) -> None:
-        self.rho = rho
+        self.rho = 0.0
         self._factor = cholesky(lambda system: torch.div(self._gram, rho, out=system.mT), 1.0, self._factor)
+        self.rho = rho
 
     def _summed(self, part: torch.Tensor) -> torch.Tensor:
         """What all processes have of a sum over the samples, in place."""

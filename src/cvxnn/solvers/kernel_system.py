@@ -62,10 +62,7 @@ class KernelSystem(RowSystem):
 
         return kernel_fit_norm(product, scale, right)
 
-    def factor(self, rho: float) -> None:
-        if rho == self.rho:
-            return
-        self.rho = rho
+    def _prepare(self) -> None:
         if self.too_coarse or (self.single and not self._factored(0.0)):
             self.set_precision(np.float64)
         raised = 0.0

@@ -66,13 +66,10 @@ class NystromSystem(RowSystem):
         low_rank = torch.from_numpy(self._low_rank)
         return kernel_fit_norm(lambda v: (low_rank @ v) @ low_rank, scale, right)
 
-    def factor(self, rho: float) -> None:
-        if rho == self.rho:
-            return
-        self.rho = rho
+    def _prepare(self) -> None:
         if self.too_coarse:
             self.set_precision(np.float64)
-        inner = self._gram / rho
+        inner = self._gram / self.rho
         np.einsum("ii->i", inner)[:] += 1.0
         self._factor: Array = np.asfortranarray(np.linalg.cholesky(inner), dtype=self.dtype)
         self._trsm, self._trsv = blas.get_blas_funcs(("trsm", "trsv"), (self._factor,))

@@ -86,6 +86,9 @@ class Pricing:
     def _screen(self, bound: DualBound, seen: Evaluation) -> None:
         radius = safe_radius(self.problem, seen, bound.lower_bound)
         inactive = inactive_gates(self.problem.beta, bound, radius, self._sizes)[self.alive]
+        if bool(inactive.all()):
+            # Zero is the optimum; a problem has at least one gate.
+            inactive[bound.feasible_norms[self.alive].argmax()] = False
         if not bool(inactive.any()):
             return
         remaining = self.alive[~inactive]
@@ -107,6 +110,9 @@ def _selected(op: Operator, gates: torch.Tensor) -> Operator:
 def _in_single(op: Operator) -> Operator | None:
     """The map in float32, for perceptrons with data in memory of usual size."""
     if type(op) is not MLPOperator or op.gates is None:
+        return None
+    # Otherwise products of float32 may be those of TF32 or bfloat16, whose errors are not bounded here.
+    if torch.get_float32_matmul_precision() != "highest":
         return None
     largest = float(op.X.abs().max())
     if not _SMALL < largest < _LARGE:

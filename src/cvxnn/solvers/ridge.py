@@ -75,7 +75,7 @@ class Ridge(ABC):
 
     @abstractmethod
     def factor(self, rho: float) -> None:
-        """Factor the system for a value of rho."""
+        """Factor the system for a value of rho; where that fails, `rho` is 0 as before the first time."""
 
     @abstractmethod
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
@@ -109,12 +109,13 @@ class KernelRidge(Ridge):
         self._uniform = bool((weights == weights[0]).all())
 
     def factor(self, rho: float) -> None:
-        self.rho = rho
+        self.rho = 0.0
         scale = (self._root[0] ** 2 if self._uniform else self._root * self._root.T) / rho
         self._factor = cholesky(lambda system: torch.mul(self._kernel, scale, out=system.mT), 1.0, self._factor)
         if self.intercept:
             self._ones = self._root * solve_factored(self._factor, self._root)
             self._total = self._ones.sum()
+        self.rho = rho
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         gap = C - self.operator.apply(B)
@@ -173,8 +174,9 @@ class FeatureRidge(Ridge):
         return float(torch.linalg.vector_norm(fit)) * (size / scale)
 
     def factor(self, rho: float) -> None:
-        self.rho = rho
+        self.rho = 0.0
         self._factor = cholesky(lambda system: system.mT.copy_(self._gram), rho, self._factor)
+        self.rho = rho
 
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         flat = self._products(C) + self.rho * self.operator.flatten(B)

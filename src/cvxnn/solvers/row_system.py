@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from cvxnn.solvers.gated_rows import GatedRows, centred
 
-__all__ = ["SINGLE_LOSS", "RowSystem"]
+__all__ = ["RowSystem"]
 
 Array = NDArray[Any]
 
 #: Largest condition number times rounding error at which a system in float32 still corrects well.
-SINGLE_LOSS = 0.3
+_SINGLE_LOSS = 0.3
 #: From such a condition number on, float64 does not add up changes without loss either.
 _DRIFTS = 1e8
 
@@ -92,15 +92,27 @@ class RowSystem(ABC):
     @property
     def too_coarse(self) -> bool:
         """Whether float32 does not do for this rho."""
-        return self.single and self.condition * float(np.finfo(np.float32).eps) > SINGLE_LOSS
+        return self.single and self.condition * float(np.finfo(np.float32).eps) > _SINGLE_LOSS
 
     @abstractmethod
     def fit_norm(self, target: Array) -> float:
         """About the norm of the blocks of a lightly regularised least-squares fit to a target."""
 
-    @abstractmethod
     def factor(self, rho: float) -> None:
         """Prepare for a value of rho; in float64 where it makes the system too ill-conditioned for float32."""
+        if rho == self.rho:
+            return
+        self.rho = rho
+        try:
+            self._prepare()
+        except BaseException:
+            # The next run of a path starts anew.
+            self.rho = 0.0
+            raise
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What depends on the new value of rho."""
 
     @abstractmethod
     def change(self, c: Array) -> Array:

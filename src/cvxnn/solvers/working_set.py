@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from cvxnn.bounds import dual_bound
-from cvxnn.certificates import Evaluation, evaluate, relative_gap
+from cvxnn.certificates import Certificate, Evaluation, evaluate, relative_gap
 from cvxnn.problem import Problem
 from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.base import Iterate, Solver
@@ -98,15 +98,17 @@ class WorkingSet(Solver):
     def _restricted(self, point: Iterate) -> Iterate:
         return Iterate(point.blocks()[self.gates], intercept=point.intercept, dual=point.dual)
 
-    def _begin_round(self, point: Iterate | None, rho: float | None) -> None:
-        """ADMM on the gates of the set, from a point on them."""
+    def _begin_round(self, point: Iterate | None, rho: float | None, vector: bool | None = None) -> None:
+        """ADMM on the gates of the set, from a point on them; which one, is told where a run goes on."""
         self.part = part = self.problem.with_gates(self.gates)
         self.inner: Admm | VectorAdmm
-        if VectorAdmm.unsupported(part) is None and is_worthwhile(part):
-            vector = VectorAdmm(part, VectorAdmmOptions(), self.level, self.time_limit)
+        if vector is None:
+            vector = VectorAdmm.unsupported(part) is None and is_worthwhile(part)
+        if vector:
+            inner = VectorAdmm(part, VectorAdmmOptions(), self.level, self.time_limit)
             gates = self.gates.numpy()
-            vector.form = lambda rows: self.kernels.kernel(rows, gates)
-            self.inner = vector
+            inner.form = lambda rows: self.kernels.kernel(rows, gates)
+            self.inner = inner
         else:
             self.inner = Admm(part, replace(AdmmOptions(), rho=rho), self.level, self.time_limit)
             self.finished = Admm.unsupported(part) is not None
@@ -190,18 +192,32 @@ class WorkingSet(Solver):
     def facts(self) -> dict[str, Any]:
         return {"gates": len(self.gates), "screened": self.pricing.n_screened}
 
+    def limited_by_rounding(self) -> bool:
+        return self.inner.limited_by_rounding()
+
+    def message(self, certificate: Certificate) -> str:
+        return self.inner.message(certificate)
+
     def state(self) -> dict[str, Any]:
         inner = {f"inner.{name}": value for name, value in self.inner.state().items()}
-        own = {"gates": self.gates, "alive": self.pricing.alive, "steps": self.steps, "level": self.level}
-        return {**inner, **own}
+        own = {"gates": self.gates, "alive": self.pricing.alive, "level": self.level}
+        own |= {"steps": self.steps, "certified_at": self.certified_at}
+        if self.priced is not None:
+            own |= {"gap": self.gap, "priced.Z": self.priced.blocks(), "priced.dual": self.priced.dual}
+        return {**inner, **own, "vector": isinstance(self.inner, VectorAdmm)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        prefix = "inner."
+        parts: dict[str, dict[str, Any]] = {"": {}, "inner": {}, "priced": {}}
         for name, value in state.items():
-            if not name.startswith((prefix, "alive")):
-                setattr(self, name, value)
-        self.pricing.restrict(state["alive"])
-        # The point of the best pricing is not kept: it is found again.
-        self.priced, self.gap, self.certified_at = None, math.inf, self.steps
-        self._begin_round(None, rho=state[prefix + "rho"])
-        self.inner.load_state({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = value
+            else:
+                parts[""][name] = value
+        own = parts[""]
+        self.gates, self.level, self.steps = own["gates"], own["level"], own["steps"]
+        self.certified_at, self.gap = own["certified_at"], own.get("gap", math.inf)
+        self.priced = Iterate(**parts["priced"]) if parts["priced"] else None
+        self.pricing.restrict(own["alive"])
+        self._begin_round(None, rho=parts["inner"]["rho"], vector=own["vector"])
+        self.inner.load_state(parts["inner"])
