@@ -13,6 +13,7 @@ from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.gate_kernels import GateKernels
 from cvxnn.solvers.gated_rows import GatedRows
+from cvxnn.solvers.memory import needed_bytes
 from cvxnn.solvers.pricing import Pricing
 from cvxnn.solvers.sides import make_ridge
 from cvxnn.solvers.working_set import WorkingSet, WorkingSetOptions
@@ -269,3 +270,11 @@ def test_auto_takes_it_for_many_gates():
     two = cvxnn.mlp_problem(X, Y, n_gates=400, beta=1.0)
     assert choose_solver(two.with_beta(0.1 * two.beta_max)) == "working_set"
     assert choose_solver(two.with_beta(1e-3 * two.beta_max)) == "admm"
+
+
+def test_memory_is_estimated():
+    X = np.random.default_rng(0).standard_normal((300, 40))
+    one = cvxnn.mlp_problem(X, X[:, :1], n_gates=400, beta=0.1)
+    several = cvxnn.mlp_problem(X, X[:, :2], n_gates=400, beta=0.1)
+    assert 32 * 300**2 < needed_bytes(one, "working_set") < needed_bytes(one, "admm") + 32 * 300**2
+    assert 16 * 300**2 < needed_bytes(several, "working_set") < needed_bytes(several, "admm")

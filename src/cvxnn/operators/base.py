@@ -212,7 +212,7 @@ class Operator(ABC):
             bound = weights.new_full((self.n_gates,), largest)
             return bound, bound
         total = float((weights.to(squares).unsqueeze(1) * (squares / largest)).sum())
-        total = math.sqrt(total) * math.sqrt(largest) * (1 + 4 * (squares.numel() + 8) * 2.0**-53)
+        total = math.sqrt(total) * math.sqrt(largest) * (1 + 4 * (squares.numel() + self.block_shape[1] + 8) * 2.0**-53)
         bound = weights.new_full((self.n_gates,), total)
         return bound, bound
 

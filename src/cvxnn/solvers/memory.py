@@ -7,6 +7,7 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.admm import AdmmOptions
 from cvxnn.solvers.burer_monteiro.base import MAX_DEFAULT_RANK
 from cvxnn.solvers.sides import choose_side, factor_bytes
+from cvxnn.solvers.vector_admm import VectorAdmm
 from cvxnn.solvers.vector_costs import choose_system, vector_bytes
 
 __all__ = ["check_solver_memory", "needed_bytes"]
@@ -14,7 +15,7 @@ __all__ = ["check_solver_memory", "needed_bytes"]
 #: Arrays of n c numbers in float64 that a certificate has at a time.
 _OF_SAMPLES = 8
 #: Arrays of the size of the blocks that solvers have at a time, and of that of the factors.
-_OF_BLOCKS = {"admm": 7, "vector_admm": 9, "fista": 7, "frank_wolfe": 4}
+_OF_BLOCKS = {"admm": 7, "vector_admm": 9, "working_set": 4, "fista": 7, "frank_wolfe": 4}
 _OF_FACTORS = {"bm_gd": 8, "bm_sgd": 8, "bm_noisy_gd": 8, "bm_precgd": 12, "bm_lbfgs": 2 * 20 + 8}
 
 
@@ -47,8 +48,18 @@ def needed_bytes(problem: Problem, solver: str, rank: int | None = None, side: s
     if solver == "admm":
         chosen = choose_side(problem, AdmmOptions.memory) if side in (None, "auto") else side
         factorisation = factor_bytes(problem, chosen, AdmmOptions.memory)
+    if solver == "working_set":
+        factorisation = _of_rounds(problem)
     # A certificate has the blocks of the point in float64.
     return common + factorisation + n_gates * p * q * (_OF_BLOCKS[solver] * size + 16)
+
+
+def _of_rounds(problem: Problem) -> int:
+    """That of a round on part of the gates, with X X^T and the counts of active gates where these are kept."""
+    op = problem.operator
+    if VectorAdmm.unsupported(problem) is None:
+        return 32 * op.n_samples**2 if choose_system(problem) == "samples" else vector_bytes(problem, "iterative")
+    return 2 * min(op.n_samples, op.n_features) ** 2 * problem.Y.element_size()
 
 
 def check_solver_memory(problem: Problem, solver: str, rank: int | None, side: str | None = None) -> None:
