@@ -84,6 +84,17 @@ def test_conjugate_gradients_agree_with_admm(options, rel):
     check_against_admm(problem_of(X, Y + 3, rel, **options), solver_options={"side": "iterative"})
 
 
+def test_conjugate_gradients_take_no_more_steps_on_few_samples():
+    """With all samples in the approximation it is the kernel itself."""
+    X, Y = data(60)
+    problem = problem_of(X, Y, 1e-4)
+    steps = [
+        cvxnn.solve(problem, "vector_admm", tol=1e-6, solver_options={"side": side}) for side in vector_costs.SYSTEMS
+    ]
+    assert all(result.status == "certified" for result in steps)
+    assert steps[1].n_iter <= 2 * steps[0].n_iter
+
+
 def test_conjugate_gradients_without_samples_that_count():
     X, Y = data()
     for inputs, targets in ((np.zeros_like(X), Y), (X, np.zeros_like(Y))):

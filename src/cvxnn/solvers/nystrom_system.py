@@ -16,8 +16,8 @@ __all__ = ["NystromSystem", "n_columns"]
 
 Array = NDArray[Any]
 
-#: Columns of the kernel in the approximation, at most and per sample.
-_MOST = 500
+#: Columns of the kernel in the approximation: at least (or all there are), at most, and per sample.
+_LEAST, _MOST = 100, 500
 _SHARE = 4
 #: A correction ends where the residual of the system is below this times that of its start, or after so many steps.
 _REDUCTION = 0.1
@@ -26,7 +26,7 @@ _STEPS = 10
 
 def n_columns(n_samples: int) -> int:
     """Columns of the kernel that the approximation is made of."""
-    return max(1, min(_MOST, n_samples // _SHARE))
+    return min(n_samples, max(_LEAST, min(_MOST, n_samples // _SHARE)))
 
 
 class NystromSystem(RowSystem):
