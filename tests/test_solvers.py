@@ -285,3 +285,22 @@ def test_results_describe_themselves():
     X = make_data()[0]
     outputs = network(torch.from_numpy(X)).detach()
     np.testing.assert_allclose(outputs, result.problem.operator.apply(result.Z) + result.intercept, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", ["admm", "vector_admm", "working_set", "fista"])
+@pytest.mark.parametrize("scale", [-3.0, 1e6, 1e200])
+def test_warm_starts_that_are_worse_than_zero_are_dropped(solver, scale):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((60, 4))
+    problem = cvxnn.mlp_problem(X, np.maximum(X[:, :1], 0) - 0.3 * X[:, 1:2], n_gates=20, beta=1e-2, random_state=0)
+    cold = cvxnn.solve(problem, solver, tol=1e-6)
+    warm = cvxnn.solve(problem, solver, tol=1e-6, init=scale * cold.Z)
+    assert (warm.status, warm.n_iter, warm.objective) == ("certified", cold.n_iter, cold.objective)
+
+
+@pytest.mark.parametrize("solver", ["admm", "fista"])
+def test_runs_that_float32_stops_say_so(solver):
+    problem = make_problem(n=60, dtype="float32")
+    result = cvxnn.solve(problem, solver, tol=1e-12, max_iter=20_000)
+    assert result.status == "stationary"
+    assert "float64" in result.message

@@ -305,7 +305,7 @@ class Admm(Solver):
         return self._is_ill_conditioned() or super().limited_by_rounding()
 
     def message(self, certificate: Certificate) -> str:
-        return UNEVEN_DATA if self._is_ill_conditioned() else ""
+        return UNEVEN_DATA if self._is_ill_conditioned() else super().message(certificate)
 
     def state(self) -> dict[str, Any]:
         return {

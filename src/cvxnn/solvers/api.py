@@ -138,7 +138,7 @@ def solve(
     random_state : int, RandomState or None
         Seed of the first factors, of mini-batches and of noise; the convex solvers are deterministic.
     init : Result, array-like (P, p, q) or pair (U, V), optional
-        Warm start.
+        Warm start. Convex solvers of gated and linear problems drop one whose objective is above that of Z = 0.
     solver_options : dict, optional
         Options of the solver; an unknown name is an error.
     checkpoint : path, optional

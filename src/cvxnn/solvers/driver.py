@@ -148,6 +148,9 @@ def run(
     with Progress(solver.name, tol, verbose if group is None or group.rank == 0 else 0) as progress:
         try:
             best.update(problem, init if init is not None else solver.zero(), share())
+            if init is not None and _is_worse_than_zero(solver, best):
+                init = None
+                best.update(problem, solver.zero(), share())
             if best.gap <= tol:
                 status = "certified"
                 best.record(0, elapsed(), {})
@@ -260,6 +263,13 @@ def run(
         trace=best.trace,
         message=solver.message(certificate) if status == "stationary" else "",
     )
+
+
+def _is_worse_than_zero(solver: Solver, best: _Best) -> bool:
+    """Whether a convex solver is better off without its warm start; in factors zero is a saddle."""
+    if solver.factored or solver.problem.cones is not None:
+        return False
+    return not best.primal <= evaluate(solver.problem, solver.zero().Z).primal
 
 
 def _next_check(iteration: int, every: int) -> int:

@@ -312,7 +312,7 @@ class VectorAdmm(Solver):
         return self.system.largest > ILL_CONDITIONED * self.rho or super().limited_by_rounding()
 
     def message(self, certificate: Certificate) -> str:
-        return UNEVEN_DATA if self.system.largest > ILL_CONDITIONED * self.rho else ""
+        return UNEVEN_DATA if self.system.largest > ILL_CONDITIONED * self.rho else super().message(certificate)
 
     def state(self) -> dict[str, Any]:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
