@@ -213,6 +213,12 @@ def test_a_folder_whose_name_is_too_long(run, tmp_path):
     assert err.endswith("File name too long\n")
 
 
+def test_shard_is_for_several_processes(run):
+    status, stdout, err = run("fit", "wine", "--shard", "gates")
+    assert (status, stdout) == (2, "")
+    assert err == "Error: shard is 'gates', which says what --distributed shares out; give that too\n"
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
 def test_standard_output_on_a_full_disk(options):
     command = [sys.executable, "-m", "cvxnn.cli", "datasets", "list", *options]

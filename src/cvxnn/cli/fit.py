@@ -83,6 +83,8 @@ def fit(
         check_choice(task, "task", _TASKS)
     check_integer(random_state, "random_state", minimum=0)
     check_choice(shard, "shard", SHARDS)
+    if shard != "samples" and not distributed:
+        raise InvalidInputError(f"shard is {shard!r}, which says what --distributed shares out; give that too")
     if out is not None:
         check_folder(out)
     parameters: dict[str, Any] = {
