@@ -284,13 +284,13 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         raw = without_copy(images)
         standardizer = Standardizer.of(raw, scale, standardize, dtype, bool(self.mirror))
         gap = stages[0].gap * (2 if stages[0].downsample else 1)
-        train = _samples(raw, labels, standardizer, device, gap)
+        train = Samples.of(raw, labels, standardizer, device, gap)
         bad = not all(bool(torch.isfinite(part).all()) for part in (standardizer.deviation, train.images))
         if bad if train.group is None else train.group.any(bad):
             raise InvalidInputError("X has numbers that are too large; rescale it")
         held = None
         if checked is not None:
-            held = _samples(without_copy(checked[0]), checked[1], standardizer, device, gap, "validation")
+            held = Samples.of(without_copy(checked[0]), checked[1], standardizer, device, gap, "validation")
         run = LayerwiseRun(
             stages,
             sgd,
@@ -393,12 +393,3 @@ class LayerwiseCNNClassifier(ClassifierMixin, BaseEstimator):
         """Accuracy of the head of every stage."""
         y = np.asarray(y)
         return [float((predicted == y).mean()) for predicted in self.staged_predict(X)]
-
-
-def _samples(
-    raw: torch.Tensor, labels: np.ndarray, standardizer: Standardizer, device: torch.device, gap: int, name: str = "X"
-) -> Samples:
-    """Standardised images, with a gap, all or those of this process, and the labels of all."""
-    group = sample_group()
-    own = slice(None) if group is None else group.share(len(labels), name)
-    return Samples(standardizer.all(raw[own], gap).to(device), labels, group)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
-from cvxnn.distributed import Group
+from cvxnn.distributed import Group, sample_group
 from cvxnn.layerwise.checkpoint import RunFolder
 from cvxnn.layerwise.features import pooled_fits
 from cvxnn.layerwise.fitting_convex import train_convexly
@@ -49,6 +49,21 @@ class Samples:
 
     def __post_init__(self) -> None:
         self.source = self.images
+
+    @classmethod
+    def of(
+        cls,
+        raw: torch.Tensor,
+        labels: np.ndarray,
+        standardizer: Standardizer,
+        device: torch.device,
+        gap: int,
+        name: str = "X",
+    ) -> Samples:
+        """Images as they were given, standardised and with a gap: all, or those of this process."""
+        group = sample_group()
+        own = slice(None) if group is None else group.share(len(labels), name)
+        return cls(standardizer.all(raw[own], gap).to(device), labels, group)
 
     @property
     def own(self) -> slice:
