@@ -50,11 +50,12 @@ class AdmmOptions:
     adapt: bool = True
     memory: int = 10
     side: str = "auto"
+    sides: ClassVar[tuple[str, ...]] = SIDES
 
     def __post_init__(self) -> None:
         check_positive(self.rho, "rho", allow_none=True)
         check_integer(self.memory, "memory", minimum=0)
-        check_choice(self.side, "side", ("auto", *SIDES))
+        check_choice(self.side, "side", ("auto", *self.sides))
         check_relaxation(self.relaxation)
         check_flag(self.adapt, "adapt")
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from cvxnn.certificates import Certificate, relative_gap
 from cvxnn.operators import MLPOperator
 from cvxnn.problem import Problem
+from cvxnn.solvers.admm import AdmmOptions
 from cvxnn.solvers.anderson import Anderson
-from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver, check_relaxation
+from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver
 from cvxnn.solvers.gated_rows import GatedRows, centred, norms
 from cvxnn.solvers.kernel_system import KernelSystem
 from cvxnn.solvers.nystrom_system import NystromSystem
@@ -23,7 +24,6 @@ from cvxnn.solvers.radial import best_sizes, corrected_dual
 from cvxnn.solvers.row_system import RowSystem
 from cvxnn.solvers.sides import fits
 from cvxnn.solvers.vector_costs import SYSTEMS, choose_system, factoring, passing, vector_bytes
-from cvxnn.validation import check_choice, check_flag, check_integer, check_positive
 
 __all__ = ["VectorAdmm"]
 
@@ -48,36 +48,19 @@ _NUMBERS = ("rho", "primal", "lower", "gap", "iteration", "looked", "certified_a
 
 
 @dataclass(frozen=True)
-class VectorAdmmOptions:
-    """Options of ``vector_admm``.
+class VectorAdmmOptions(AdmmOptions):
+    """Options of ``vector_admm``: those of ``admm``, with another meaning of two.
 
     Attributes
     ----------
-    relaxation : float
-        Over-relaxation, in (0, 2).
-    rho : float or None
-        First penalty of Z = W; None estimates it.
     adapt : bool
         Fit the penalty to the norms of the blocks in use.
-    memory : int
-        Length of the Anderson acceleration; 0 for plain ADMM.
     side : {"auto", "samples", "iterative"}
         Factor the kernel of the samples, or solve with it by preconditioned conjugate gradients; "auto" takes the
         cheaper one.
     """
 
-    relaxation: float = 1.7
-    rho: float | None = None
-    adapt: bool = True
-    memory: int = 10
-    side: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_choice(self.side, "side", ("auto", *SYSTEMS))
-        check_positive(self.rho, "rho", allow_none=True)
-        check_integer(self.memory, "memory", minimum=0)
-        check_relaxation(self.relaxation)
-        check_flag(self.adapt, "adapt")
+    sides: ClassVar[tuple[str, ...]] = SYSTEMS
 
 
 class VectorAdmm(Solver):
