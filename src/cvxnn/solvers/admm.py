@@ -14,6 +14,8 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver, check_relaxation
 from cvxnn.solvers.iterative_ridge import IterativeRidge
+from cvxnn.solvers.looks import Looks
+from cvxnn.solvers.penalties import balance, tolerated_imbalance
 from cvxnn.solvers.ridge import FeatureRidge, Ridge
 from cvxnn.solvers.sides import SIDES, choose_side, factor_bytes, fits, make_ridge
 from cvxnn.validation import check_choice, check_flag, check_integer, check_positive
@@ -66,7 +68,8 @@ class Admm(Solver):
     Squared loss: the quadratic step contains the loss and T is not needed. Any other loss: T carries the
     loss through its prox. The iteration is a fixed-point map of what the proxes are applied to, and is
     accelerated as such (:mod:`cvxnn.solvers.anderson`). The dual candidate is -lambda (squared), or
-    sigma S, a gradient of the loss and so always in the domain of its conjugate.
+    sigma S, a gradient of the loss and so always in the domain of its conjugate. With the squared loss and the nuclear
+    norm better points are looked for beside (:mod:`cvxnn.solvers.looks`).
     """
 
     name = "admm"
@@ -74,8 +77,10 @@ class Admm(Solver):
     default_max_iter: ClassVar[int] = 50_000
     sharded: ClassVar[bool] = True
     shares_gates: ClassVar[bool] = True
+    #: Whether better points are looked for, where they can be.
+    corrects: bool = True
     per_gate: ClassVar[tuple[str, ...]] = (
-        *("W", "U", "ridge.blocks"),
+        *("W", "U", "looks.Z", "ridge.blocks"),
         *(f"{_OF_BLOCKS}{name}" for name in ("last_image", "last_residual", "steps", "plain")),
     )
 
@@ -116,8 +121,11 @@ class Admm(Solver):
         self.ridge: Ridge = self.kept["ridge"]
         self.sigma = self.kept["sigma"]
         self.iteration, self.next_adaptation = 0, 5
-        self.tolerated = self._tolerated_imbalance()
+        self.tolerated = tolerated_imbalance(problem)
         self.anderson = self._acceleration() if self.options.memory else None
+        self.looks = Looks(problem, self.ridge) if self.corrects and Looks.serve(problem, self.ridge) else None
+        if self.looks is not None:
+            self.check_every = self.looks.check_every
         self.W = problem.Y.new_zeros(self.op.block_shape)
         self.U = torch.zeros_like(self.W)
         self.T = torch.zeros_like(problem.Y)
@@ -187,14 +195,6 @@ class Admm(Solver):
         _, p, q = self.op.block_shape
         return self.problem.beta * math.sqrt(self.op.total_gates * min(p, q)) / norm
 
-    def _tolerated_imbalance(self) -> float:
-        """How far residuals may be apart; further where a new factorisation costs as much as many steps."""
-        n, c = self.op.n_samples, self.op.n_outputs
-        features = self.op.n_features // self.op.n_gates * self.op.total_gates
-        factorisation = self.ridge.order**3 / 3
-        step = 4 * n * features * c + 2 * self.ridge.order**2 * c
-        return 2.0 if factorisation < 5 * step else 3.0
-
     def step(self) -> None:
         self.iteration += 1
         if self.squared:
@@ -203,9 +203,23 @@ class Admm(Solver):
             self._general_step()
         # Residuals across an extrapolation that is not yet found good, or was taken back, say nothing.
         settled = self.anderson is None or not self.anderson.unsettled
-        if self.options.adapt and settled and self.iteration >= self.next_adaptation:
+        due = self.options.adapt and settled and self.iteration >= self.next_adaptation
+        if due and (self.looks is None or self.looks.dear):
             self.next_adaptation = int(1.5 * self.iteration) + 5
             self._adapt()
+        if self.looks is not None and self.iteration >= self.looks.next:
+            self._look(self.looks)
+
+    def _look(self, looks: Looks) -> None:
+        """Look for better points, and fit the penalty to what is in use there."""
+        residual = self._last_residual()
+        assert residual is not None
+        wanted = looks.look(self.iteration, self.W, residual, self.tol)
+        if wanted is None or not self.options.adapt or self.iteration < self.next_adaptation:
+            return
+        self.next_adaptation = int(1.5 * self.iteration) + 5
+        if not 1 / self.tolerated < wanted / self.rho < self.tolerated:
+            self._set_penalties(wanted / self.rho, 1.0)
 
     def _squared_step(self) -> None:
         solution = self.ridge.solve(self.W - self.U, self.problem.Y, want_residual=False)
@@ -249,16 +263,20 @@ class Admm(Solver):
     def _adapt(self) -> None:
         """Change penalties whose primal and dual residuals are far apart."""
         blocks = self._last_Z, self.W, self._last_Z - self.W, self.W - self._last_W, self.U
-        rho_factor = _balance(self._lengths(*blocks), self.tolerated)
+        rho_factor = balance(self._lengths(*blocks), self.tolerated)
         sigma_factor = 1.0
         if not self.squared:
             predictions, T, last_T, S = (
                 self.shares * part for part in (self._last_predictions, self.T, self._last_T, self.S)
             )
             outputs = predictions, T, predictions - T, T - last_T, S
-            sigma_factor = _balance([float(torch.linalg.vector_norm(part)) for part in outputs], self.tolerated)
+            sigma_factor = balance([float(torch.linalg.vector_norm(part)) for part in outputs], self.tolerated)
         if rho_factor == 1.0 and sigma_factor == 1.0:
             return
+        self._set_penalties(rho_factor, sigma_factor)
+
+    def _set_penalties(self, rho_factor: float, sigma_factor: float) -> None:
+        """Change the penalties, and with them what is scaled by them."""
         self.rho *= rho_factor
         self.U = self.U / rho_factor
         if sigma_factor != 1.0:
@@ -275,16 +293,26 @@ class Admm(Solver):
         self.ridge.factor(self.rho)
 
     def iterate(self) -> Iterate:
+        better = None if self.looks is None else self.looks.best(self.iteration)
+        if better is not None:
+            return better
         if not self.squared:
             return Iterate(self.W, dual=self.sigma * self.shares.square() * self.S)
+        residual = self._last_residual()
+        return Iterate(self.W, dual=None if residual is None else -residual)
+
+    def _last_residual(self) -> torch.Tensor | None:
+        """That of the last quadratic step with the squared loss; None before the first one where it is not formed."""
         if self.residual is None and isinstance(self.ridge, FeatureRidge):
             self.residual = self.ridge.residual(self._last_Z, self.problem.Y)
         if self.residual is None and isinstance(self.ridge, IterativeRidge):
             self.residual = self.ridge.last_residual()
-        return Iterate(self.W, dual=None if self.residual is None else -self.residual)
+        return self.residual
 
     def estimated_gap(self) -> float | None:
-        """From the Gram matrix, where passes over the samples take long."""
+        """From better points, or from the Gram matrix where passes over the samples take long."""
+        if self.looks is not None:
+            return self.looks.estimated_gap(self.iteration, self.tol)
         if not (self.squared and self.op.passes_are_dear and isinstance(self.ridge, FeatureRidge)):
             return None
         problem = self.problem
@@ -312,6 +340,7 @@ class Admm(Solver):
         return {
             **self._acceleration_state(),
             **{f"ridge.{name}": value for name, value in self.ridge.state().items()},
+            **({} if self.looks is None else {f"looks.{name}": value for name, value in self.looks.state().items()}),
             "W": self.W,
             "U": self.U,
             "T": self.T,
@@ -341,7 +370,7 @@ class Admm(Solver):
             rest = name.removeprefix(_OF_BLOCKS)
             joined = torch.cat([state.pop(name), state.pop(_OF_OUTPUTS + rest)])
             state[f"anderson.{rest}"] = joined.movedim(0, -1).contiguous()
-        parts: dict[str, dict[str, Any]] = {"anderson": {}, "ridge": {}}
+        parts: dict[str, dict[str, Any]] = {"anderson": {}, "ridge": {}, "looks": {}}
         for name, value in state.items():
             owner, _, rest = name.partition(".")
             if rest:
@@ -350,19 +379,8 @@ class Admm(Solver):
                 setattr(self, name, value)
         if self.anderson is not None:
             self.anderson.load_state(parts["anderson"])
+        if self.looks is not None:
+            self.looks.load_state(parts["looks"])
         self._refactor(not self.squared)
         if parts["ridge"]:
             self.ridge.load_state(parts["ridge"])
-
-
-def _balance(lengths: list[float], tolerated: float) -> float:
-    """Factor for a penalty from the lengths of Z, W, Z - W, the change of W, and U; 1 where they are balanced."""
-    Z, W, apart, moved, multiplier = lengths
-    size = max(Z, W)
-    if size == 0 or multiplier == 0:
-        return 1.0
-    primal, dual = apart / size, moved / multiplier
-    if primal == 0 or dual == 0:
-        return 1.0
-    ratio = primal / dual
-    return 1.0 if 1 / tolerated <= ratio <= tolerated else min(max(ratio**0.6, 0.1), 10.0)

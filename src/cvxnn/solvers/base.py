@@ -76,7 +76,7 @@ class Solver(ABC):
     Options: ClassVar[type] = NoOptions
     default_max_iter: ClassVar[int] = 10_000
     factored: ClassVar[bool] = False
-    check_every: ClassVar[int] = 10
+    check_every: int = 10
     cones: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
     shares_gates: ClassVar[bool] = False

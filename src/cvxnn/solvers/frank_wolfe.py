@@ -70,7 +70,7 @@ class FrankWolfe(Solver):
     name = "frank_wolfe"
     Options = FrankWolfeOptions
     default_max_iter: ClassVar[int] = 2_000
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
     cones: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, *arguments: Any) -> None:

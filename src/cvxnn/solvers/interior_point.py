@@ -71,7 +71,7 @@ class InteriorPoint(Solver):
 
     name = "interior_point"
     Options = InteriorPointOptions
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
     cones: ClassVar[bool] = True
 
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cvxnn.columns import Columns
 from cvxnn.operators import Operator
 from cvxnn.operators.symmetric import add_product
 
@@ -22,6 +23,9 @@ __all__ = [
     "kernel_fit_norm",
     "solve_factored",
 ]
+
+
+Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -81,6 +85,21 @@ class Ridge(ABC):
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         """The minimiser for given B and C; the residual only where wanted or free."""
 
+    def metric(self, columns: Columns, hidden: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        """Gram matrix (r, r) of hidden outputs in the metric M^-1, and weights (r, c) -> M^-1 hidden weights.
+
+        M = K / rho + diag(1 / a), restricted to what is orthogonal to the intercept: the residual of the minimiser for
+        B = 0 is M^-1 C. Only where each sample has one hidden output for a column, by factors of M.
+
+        Parameters
+        ----------
+        columns : Columns
+            In float64.
+        hidden : torch.Tensor of shape (n, r), float64
+            ``operator.hidden`` of these.
+        """
+        raise NotImplementedError
+
     def state(self) -> dict[str, torch.Tensor]:
         """What the next steps depend on besides the factorisation."""
         return {}
@@ -123,6 +142,21 @@ class KernelRidge(Ridge):
         if self.intercept:
             residual -= self._ones * (residual.sum(0) / self._total)
         return RidgeSolution(B + self.operator.adjoint(residual) / self.rho, residual)
+
+    def metric(self, columns: Columns, hidden: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        half = self._half(self._root * hidden.to(self._root))
+        if self.intercept:
+            ones = self._half(self._root)
+            half -= ones * ((ones.T @ half) / ones.square().sum())
+
+        def step(weights: torch.Tensor) -> torch.Tensor:
+            right = half @ weights.to(half)
+            return (self._root * torch.linalg.solve_triangular(self._factor.mT, right, upper=True)).double()
+
+        return (half.T @ half).double(), step
+
+    def _half(self, right: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve_triangular(self._factor, right, upper=False)
 
 
 class FeatureRidge(Ridge):
@@ -182,6 +216,22 @@ class FeatureRidge(Ridge):
         flat = self._products(C) + self.rho * self.operator.flatten(B)
         Z = self.operator.unflatten(solve_factored(self._factor, flat))
         return RidgeSolution(Z, self.residual(Z, C) if want_residual else None)
+
+    def metric(self, columns: Columns, hidden: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        # With F the features and G = F^T diag(a) F: M^-1 F = rho diag(a) F (G + rho I)^-1.
+        p, index = self.operator.block_shape[1], torch.arange(len(columns), device=hidden.device)
+        flat = self._gram.new_zeros(self.order, len(columns))
+        flat[columns.gate * p + torch.arange(p, device=hidden.device).unsqueeze(1), index] = columns.u.T.to(flat)
+        half = torch.linalg.solve_triangular(self._factor, flat, upper=False)
+
+        def step(weights: torch.Tensor) -> torch.Tensor:
+            right = self.rho * (half @ weights.to(half))
+            Z = self.operator.unflatten(torch.linalg.solve_triangular(self._factor.mT, right, upper=True))
+            return (self._weights * self._centred(self.operator.apply(Z))).double()
+
+        # F^T M^-1 F = rho (I - rho (G + rho I)^-1).
+        gram = (flat.T @ flat - self.rho * (half.T @ half)).double()
+        return self.rho * gram, step
 
     def dual_values(self, Z: torch.Tensor) -> tuple[torch.Tensor, ResidualNorms]:
         """A*(a o R), flat, and norms of R = C - A(Z) - 1 b^T with the best b, for the constant C, without the data."""

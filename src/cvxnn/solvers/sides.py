@@ -10,23 +10,40 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.iterative_ridge import IterativeRidge, n_landmarks
 from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
 
-__all__ = ["SHARE", "SIDES", "cheaper_side", "choose_side", "factor_bytes", "fits", "make_ridge", "side_costs"]
+__all__ = [
+    "SHARE",
+    "SIDES",
+    "cheaper_side",
+    "choose_side",
+    "factor_bytes",
+    "fits",
+    "make_ridge",
+    "side_costs",
+    "step_cost",
+]
 
 SIDES = ("samples", "features", "iterative")
 #: Part of the free memory that the matrices may take.
 SHARE = 0.8
+#: A factor is read as fast as so many columns are solved with.
+_SOLVED_AT_ONCE = 30
 
 
-def side_costs(operator: Operator, constant_target: bool, iterations: int = 150) -> dict[str, float]:
+def step_cost(n: int, c: int, features: int, side: str, constant_target: bool) -> float:
+    """Floating-point operations of a step of ADMM, or as many as take the time of reading the factor."""
+    order = n if side == "samples" else features
+    passes = 0.0 if side == "features" and constant_target else 4.0 * n * features * c
+    return passes + 2.0 * order**2 * max(c, _SOLVED_AT_ONCE)
+
+
+def side_costs(operator: Operator, constant_target: bool, iterations: int = 100) -> dict[str, float]:
     """Floating-point operations of ADMM on each side that can be factored."""
     n, c, features = operator.n_samples, operator.n_outputs, operator.n_features
-    passes = 4.0 * n * features * c
-    gram = n * features**2 + features**3 / 3
-    gram += iterations * ((0.0 if constant_target else passes) + 2.0 * features**2 * c)
+    gram = n * features**2 + features**3 / 3 + iterations * step_cost(n, c, features, "features", constant_target)
     if not (operator.has_rows or operator.shares_gates):
         return {"features": gram}
     samples = n**3 / 3 + n**2 * (features / max(1, operator.n_gates) + operator.n_gates)
-    samples += iterations * (passes + 2.0 * n**2 * c)
+    samples += iterations * step_cost(n, c, features, "samples", constant_target)
     # The Gram matrix is a sum over the samples, the kernel one over the gates.
     return {"samples": samples} if operator.shares_gates else {"samples": samples, "features": gram}
 

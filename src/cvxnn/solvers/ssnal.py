@@ -80,7 +80,7 @@ class Ssnal(Solver):
     name = "ssnal"
     Options = SsnalOptions
     default_max_iter: ClassVar[int] = 500
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
     factored: ClassVar[bool] = True
     cones: ClassVar[bool] = True
 

@@ -82,7 +82,7 @@ class VectorAdmm(Solver):
     name = "vector_admm"
     Options = VectorAdmmOptions
     default_max_iter: ClassVar[int] = 50_000
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

@@ -65,7 +65,7 @@ class WorkingSet(Solver):
     name = "working_set"
     Options = WorkingSetOptions
     default_max_iter: ClassVar[int] = 50_000
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
@@ -111,6 +111,8 @@ class WorkingSet(Solver):
             self.inner = inner
         else:
             self.inner = Admm(part, replace(AdmmOptions(), rho=rho), self.level, self.time_limit)
+            # Rounds are looked at here.
+            self.inner.corrects = False
             self.finished = Admm.unsupported(part) is not None
         self.inner.start(point)
 

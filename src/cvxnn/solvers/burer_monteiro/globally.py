@@ -96,7 +96,7 @@ class BmGlobal(BurerMonteiro):
     l2_only = True
     Options = GlobalOptions
     default_max_iter: ClassVar[int] = 2_000
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
     double = True
     cones: ClassVar[bool] = True
 

@@ -71,7 +71,7 @@ class Descent(BurerMonteiro):
 
     Options = DescentOptions
     default_max_iter: ClassVar[int] = 20_000
-    check_every: ClassVar[int] = 10
+    check_every: int = 10
     sharded: ClassVar[bool] = True
     shares_gates: ClassVar[bool] = True
     per_gate: ClassVar[tuple[str, ...]] = (

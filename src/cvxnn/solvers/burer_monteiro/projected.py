@@ -250,7 +250,7 @@ class BmProjectedGd(BurerMonteiro):
     name = "bm_projected_gd"
     Options = ProjectedOptions
     default_max_iter: ClassVar[int] = 20_000
-    check_every: ClassVar[int] = 10
+    check_every: int = 10
     cones: ClassVar[bool] = True
     double = True
 

@@ -48,7 +48,7 @@ class BmLbfgs(BurerMonteiro):
     sharded: ClassVar[bool] = True
     shares_gates: ClassVar[bool] = True
     per_gate: ClassVar[tuple[str, ...]] = ("gate", "u", "v")
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
     double = True
 
     def start(self, point: Iterate | None) -> None:

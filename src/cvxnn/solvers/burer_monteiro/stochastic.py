@@ -48,7 +48,7 @@ class BmSgd(Descent):
     name = "bm_sgd"
     Options = SgdOptions
     default_max_iter: ClassVar[int] = 50
-    check_every: ClassVar[int] = 1
+    check_every: int = 1
 
     def start(self, point: Iterate | None) -> None:
         super().start(point)

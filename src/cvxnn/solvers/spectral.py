@@ -1,0 +1,211 @@
+"""Better primal and dual points for the nuclear norm from rough ones, by small systems in the singular pairs in use.
+
+What :mod:`cvxnn.solvers.radial` does for vectors, where a block has a size and a direction, for matrices: a block
+U_k S_k V_k^T has a symmetric matrix S_k between its singular vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cvxnn.certificates import relative_gap
+from cvxnn.problem import Problem
+from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
+from cvxnn.solvers.sides import step_cost
+from cvxnn.solvers.singular_pairs import Frames, PairProducts
+
+__all__ = ["Found", "SpectralPoints"]
+
+#: Singular values below this times the largest one are zero, in either precision.
+_ZERO = {torch.float32: 1e-5, torch.float64: 1e-8}
+#: Unknowns of a small system at most; and so many steps of ADMM may a look cost about.
+_MOST_UNKNOWNS = 1500
+_STEPS_PER_LOOK = 6
+#: An entry of the matrix of a small system takes as long as so many operations.
+_GATHERED = 40
+#: Newton steps for the dual point, which end where the dual norm is above beta by less than this times the gap.
+_CORRECTIONS = 2
+_CLOSE = 0.1
+#: Rounds in which pairs are dropped.
+_ROUNDS = 2
+#: Added to the diagonals of small systems, relative to their mean.
+_RIDGE = 1e-11
+#: Eigenvalues below this times the largest one are zero.
+_TINY = 1e-12
+
+
+@dataclass
+class Found:
+    """Objective and blocks, bound and residual of better points, and the mean of the singular values in use."""
+
+    primal: float
+    Z: torch.Tensor
+    lower: float
+    residual: torch.Tensor
+    mean_size: float
+
+
+class SpectralPoints:
+    """Looks for better points of a problem with the nuclear norm and the squared loss.
+
+    The error of the primal objective is the square of that of the iterates, the error of a dual bound is that itself.
+    So the dual point is moved until its active singular values are beta to second order, by a step that is small in
+    the metric of the quadratic step; and S_k is the best for the singular vectors of the primal point.
+
+    Where samples or gates are shared out, all processes have the singular pairs in use, and solve the same systems.
+
+    Parameters
+    ----------
+    problem : Problem
+        See :meth:`serves`.
+    ridge : KernelRidge or FeatureRidge
+        Factored; it may be factored anew between two looks.
+    """
+
+    def __init__(self, problem: Problem, ridge: Ridge) -> None:
+        self.problem, self.ridge = problem, ridge
+        self.op = problem.operator.double()
+        #: Of the samples of this process, and of all.
+        self.weights = self.op.own(problem.weights.double()).unsqueeze(1)
+        self.total = float(problem.weights.sum(dtype=torch.float64))
+        self.target = self._centred(self.op.own(problem.Y64))
+
+    @staticmethod
+    def serves(problem: Problem, ridge: Ridge) -> bool:
+        """Whether blocks u v^T of this problem have predictions h v^T with one h per sample, and M^-1 is at hand."""
+        op = problem.operator
+        if problem.loss.name != "squared" or problem.norm.name != "nuclear" or op.passes_are_dear:
+            return False
+        return op.width == 1 and isinstance(ridge, (KernelRidge, FeatureRidge))
+
+    def look(self, W: torch.Tensor, residual: torch.Tensor, tol: float) -> Found | None:
+        """The best of the points W and residual = a o (Y - predictions), and better ones; None if that is too dear."""
+        W, residual = W.double(), residual.double()
+        left, values, right = torch.linalg.svd(W, full_matrices=False)
+        largest = self.op.largest_over_gates(float(values.max()))
+        used = values > _ZERO[self.problem.dtype] * largest
+        sizes = self.op.all_gates(torch.where(used, values, 0.0))
+        if self._agreed(not largest > 0 or self._is_dear(sizes > 0)):
+            return None
+        frames, sizes = Frames.of(self.op, left, right, sizes > 0), sizes[sizes > 0]
+        primal, Z, ranks = self._better_blocks(W, frames, sizes)
+        lower, dual = self._better_residual(residual, ranks, tol, primal)
+        return Found(primal, Z, lower, dual, float(sizes.mean()))
+
+    def _agreed(self, flag: bool) -> bool:
+        """A decision that all processes take alike, whatever rounding is in each."""
+        group = self.op.group
+        return flag if group is None else group.of_first(flag) > 0
+
+    def _is_dear(self, used: torch.Tensor) -> bool:
+        """Whether the work with so many singular pairs, (P, r) of all gates, takes long beside the steps."""
+        op, counts = self.op, used.sum(1)
+        pairs, unknowns = int(counts.sum()), float((counts * (counts + 1)).sum()) / 2
+        n, c = self.problem.Y.shape
+        p, features = op.block_shape[1], op.total_gates * op.block_shape[1]
+        systems = unknowns**3 + _GATHERED * unknowns**2
+        passes = 6.0 * n * features * c + n * pairs * (6 * p + 3 * pairs)
+        # That of the cheaper side, whichever is factored: all processes, and one alone, find the same points.
+        step = min(step_cost(n, c, features, side, constant_target=True) for side in ("samples", "features"))
+        look = systems + passes + 2.0 * min(n, features) ** 2 * pairs
+        return unknowns > _MOST_UNKNOWNS or look > _STEPS_PER_LOOK * step
+
+    def _centred(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the samples of this process less their weighted mean over all, where there is an intercept."""
+        if not self.problem.output_bias:
+            return values
+        sums = (self.weights * values).sum(0)
+        self.op.summed(0.0, sums)
+        return values - sums / self.total
+
+    def _objective(self, outputs: torch.Tensor, penalty: float) -> float:
+        loss = 0.5 * float((self.weights * (self.target - outputs).square()).sum())
+        return self.op.summed(loss) + self.problem.beta * penalty
+
+    def _better_blocks(
+        self, W: torch.Tensor, frames: Frames, sizes: torch.Tensor
+    ) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Objective and blocks with the best S_k, or W where that is better; and the ranks of the gates, (P,).
+
+        Of gates in which S_k has negative eigenvalues as many pairs are dropped, the smallest ones of W, as S_k is to
+        be positive semidefinite.
+        """
+        beta, op = self.problem.beta, self.op
+        best = math.inf, W
+        for last in (False,) * _ROUNDS + (True,):
+            columns = frames.columns()
+            hidden = self._centred(frames.hidden(op, columns))
+            if best[0] == math.inf:
+                best = self._objective(hidden @ (sizes.unsqueeze(1) * columns.v), float(sizes.sum())), W
+            pairs = PairProducts(columns)
+            metric = hidden.T @ (self.weights * hidden)
+            products = hidden.T @ (self.weights * self.target) @ columns.v.T
+            op.summed(0.0, metric, products)
+            found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal)
+            if self._agreed(found is None):
+                break
+            assert found is not None
+            S = pairs.matrix(found)
+            blocks = frames.blocks(S)
+            inner = torch.linalg.eigvalsh(blocks)
+            value = self._objective(hidden @ (S @ columns.v), float(inner.abs().sum()))
+            if value < best[0]:
+                best = value, frames.product(op, blocks)
+            tiny = _TINY * float(inner.abs().max())
+            positive = (inner > tiny).sum(1)
+            if self._agreed(last or not bool((inner < -tiny).any() and positive.any())):
+                break
+            frames = frames.leading(positive)
+        return *best, frames.ranks(op)
+
+    def _better_residual(
+        self, residual: torch.Tensor, ranks: torch.Tensor, tol: float, primal: float
+    ) -> tuple[float, torch.Tensor]:
+        """About the largest bound and its residual, of Newton's method for ||A_k*(residual)|| <= beta."""
+        beta, op = self.problem.beta, self.op
+        best = -math.inf, residual
+        for step in range(_CORRECTIONS + 1):
+            left, values, right = torch.linalg.svd(op.adjoint(residual), full_matrices=False)
+            q = op.largest_over_gates(float(values.max()))
+            lower = self._bound(residual, q)
+            if lower > best[0]:
+                best = lower, residual
+            enough = beta * (1 + _CLOSE * max(tol, relative_gap(primal, lower)))
+            if self._agreed(step == _CORRECTIONS or (step > 0 and q <= enough)):
+                break
+            # Singular values come in decreasing order.
+            first = torch.arange(values.shape[1], device=values.device) < ranks.unsqueeze(1)
+            sizes = op.all_gates(torch.where(first | (values > beta), values, 0.0))
+            if self._agreed(self._is_dear(sizes > 0)):
+                break
+            frames = Frames.of(op, left, right, sizes > 0)
+            columns = frames.columns()
+            pairs = PairProducts(columns)
+            excess = torch.where(pairs.diagonal, sizes[sizes > 0][pairs.i] - beta, 0.0)
+            metric, move = self.ridge.metric(columns, frames.hidden(op, columns))
+            weights = _solve(pairs.gram(metric), excess)
+            if self._agreed(weights is None):
+                break
+            assert weights is not None
+            residual = residual - move(pairs.matrix(weights) @ columns.v)
+        return best
+
+    def _bound(self, residual: torch.Tensor, q: float) -> float:
+        """Dual value of the best multiple of the residual of all samples, where q is its dual norm."""
+        weights = self.problem.weights.double().unsqueeze(1)
+        inner = float((residual * self.problem.Y64).sum())
+        square = float(torch.where(weights > 0, residual.square() / weights, 0.0).sum())
+        if not (inner > 0 and square > 0):
+            return 0.0
+        s = min(inner / square, self.problem.beta / q if q > 0 else math.inf)
+        return s * inner - s * s / 2 * square
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """gram^-1 right, slightly regularised; None where that fails."""
+    gram.diagonal().add_(_RIDGE * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return torch.cholesky_solve(right[:, None], factor)[:, 0] if int(info) == 0 else None
