@@ -67,7 +67,7 @@ def evaluate(
         blocks = op.own_gates(as_tensor(problem, Z, "Z"))
         if tuple(blocks.shape) != op.block_shape:
             raise InvalidInputError(f"Z has shape {tuple(blocks.shape)}; {op.block_shape} is wanted")
-        outputs = op.apply(blocks)
+        outputs = op.apply(blocks) if op.over_gates(float(blocks.any()))[0] > 0 else torch.zeros_like(problem.Y64)
         (penalty,) = op.over_gates(float(problem.norm.value(blocks)[1].sum()))
 
     offset = problem.best_intercept(outputs) if intercept is None else as_tensor(problem, intercept, "intercept")

@@ -31,9 +31,11 @@ Array = NDArray[Any]
 
 #: Above this gap the iteration goes on from the better point.
 _FAR = 1e-3
-#: Steps before the first better pair of points is looked for, and between two of them: far away, and then.
+#: Steps before the first better pair of points is looked for, and between two of them: far away, after the first one
+#: where that is early, and then.
 _FIRST_LOOK = 8
 _FAR_APART = 4
+_AFTER_FIRST = 7
 _LOOKS_APART = (3, 8)
 #: Steps after which the point is certified all the same: for the trace, callbacks and stalled runs.
 _CERTIFY_EVERY = 50
@@ -187,7 +189,9 @@ class VectorAdmm(Solver):
     def _look(self) -> None:
         """A better primal and a better dual point from the sizes of the blocks; the best of them are kept."""
         self.steps_between, self.looked = self.iteration - self.looked, self.iteration
-        if self.system.drifts:
+        # The first look is too early for a small gap, and serves the primal point and the penalty.
+        early = self.iteration == _FIRST_LOOK and self.tol < _FAR
+        if self.system.drifts and not early:
             # What has come together from changes in float32 is formed anew.
             self.image = self.rows.apply(self.B)
             self.G = self.rows.adjoint(self.system.r)
@@ -195,7 +199,8 @@ class VectorAdmm(Solver):
         before, sizes = self.gap, norms(self.W)
         used = sizes > 0
         W, sizes = self._better_point(sizes)
-        self._better_dual(used)
+        if not early:
+            self._better_dual(used)
         self.gap = relative_gap(self.primal, self.lower)
         if self.gap > _FAR:
             self.W = W
@@ -244,6 +249,8 @@ class VectorAdmm(Solver):
     def _until_next_look(self, before: float) -> int:
         """Steps until the gap reaches the tolerance if it goes on to fall as it did since the last look."""
         least, most = _LOOKS_APART
+        if self.gap == math.inf:
+            return _AFTER_FIRST
         if self.gap > _FAR:
             return _FAR_APART
         most = max(most, self.iteration // 4)
