@@ -39,8 +39,8 @@ def some_problem(kind="plain", n=40, n_gates=6, beta=0.05, **options):
 def rough(problem, side, steps):
     """ADMM without better points, after so many steps."""
     solver = Admm(problem, AdmmOptions(side=side), 1e-6, None)
-    solver.corrects = False
     solver.start(None)
+    solver.looks = None
     for _ in range(steps):
         solver.step()
     return solver

@@ -77,8 +77,6 @@ class Admm(Solver):
     default_max_iter: ClassVar[int] = 50_000
     sharded: ClassVar[bool] = True
     shares_gates: ClassVar[bool] = True
-    #: Whether better points are looked for, where they can be.
-    corrects: bool = True
     per_gate: ClassVar[tuple[str, ...]] = (
         *("W", "U", "looks.Z", "ridge.blocks"),
         *(f"{_OF_BLOCKS}{name}" for name in ("last_image", "last_residual", "steps", "plain")),
@@ -123,7 +121,7 @@ class Admm(Solver):
         self.iteration, self.next_adaptation = 0, 5
         self.tolerated = tolerated_imbalance(problem)
         self.anderson = self._acceleration() if self.options.memory else None
-        self.looks = Looks(problem, self.ridge) if self.corrects and Looks.serve(problem, self.ridge) else None
+        self.looks = Looks(problem, self.ridge) if Looks.serve(problem, self.ridge) else None
         if self.looks is not None:
             self.check_every = self.looks.check_every
         self.W = problem.Y.new_zeros(self.op.block_shape)

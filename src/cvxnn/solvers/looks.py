@@ -25,7 +25,7 @@ _SHARE = 2.5
 #: Steps after which the point is certified all the same: for the trace, callbacks and stalled runs.
 _CERTIFY_EVERY = 50
 #: What the next looks depend on: always, and after a first one.
-_NUMBERS = ("next", "apart", "certified_at", "dear")
+_NUMBERS = ("next", "apart", "looked", "certified_at", "dear")
 _FOUND = ("Z", "residual", "primal", "lower")
 
 
@@ -36,6 +36,8 @@ class Looks:
     ----------
     dear : bool
         Whether the last look would have taken too long, and was not done.
+    looked : int
+        Step of the last look.
     check_every : int
         Steps between two questions for a gap.
     """
@@ -45,7 +47,7 @@ class Looks:
     def __init__(self, problem: Problem, ridge: Ridge) -> None:
         self.problem = problem
         self.points = SpectralPoints(problem, ridge)
-        self.dear = False
+        self.dear, self.looked = False, 0
         self.next, self.apart, self.certified_at = _FAR_APART, _FAR_APART, 0
         self.primal, self.lower = math.inf, -math.inf
         self.Z: torch.Tensor | None = None
@@ -63,6 +65,7 @@ class Looks:
 
     def look(self, iteration: int, W: torch.Tensor, residual: torch.Tensor, tol: float) -> float | None:
         """Look once; returns the penalty that goes with the singular values in use, or None where it is dear."""
+        self.looked = iteration
         found = self.points.look(W, residual, tol)
         self.dear = found is None
         if found is None:

@@ -85,6 +85,8 @@ class VectorAdmm(Solver):
     Options = VectorAdmmOptions
     default_max_iter: ClassVar[int] = 50_000
     check_every: int = 1
+    #: Whether looks take too long: never.
+    dear: ClassVar[bool] = False
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

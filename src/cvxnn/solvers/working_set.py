@@ -26,7 +26,7 @@ _FIRST_GAP = 1e-1
 _SHARE = 0.1
 #: Share of the tolerance that the last round is solved to.
 _LAST_SHARE = 0.5
-#: Steps between two looks at the gap of a round of "admm"; "vector_admm" knows its gap.
+#: Steps between two looks at the gap of a round, where it is not known from better points.
 _LOOK_EVERY = 5
 #: Steps after which the whole problem is certified all the same: for the trace, callbacks and stalled runs.
 _CERTIFY_EVERY = 50
@@ -111,18 +111,17 @@ class WorkingSet(Solver):
             self.inner = inner
         else:
             self.inner = Admm(part, replace(AdmmOptions(), rho=rho), self.level, self.time_limit)
-            # Rounds are looked at here.
-            self.inner.corrects = False
             self.finished = Admm.unsupported(part) is not None
         self.inner.start(point)
 
     def step(self) -> None:
         self.inner.step()
         self.steps += 1
-        if isinstance(self.inner, VectorAdmm):
-            if self.inner.looked == self.inner.iteration and self.inner.gap <= self.level:
+        known = self.inner if isinstance(self.inner, VectorAdmm) else self.inner.looks
+        if known is None or known.dear:
+            if self.steps % _LOOK_EVERY == 0:
                 self._look(self.inner.iterate())
-        elif self.steps % _LOOK_EVERY == 0:
+        elif known.looked == self.inner.iteration and known.gap <= self.level:
             self._look(self.inner.iterate())
 
     def _look(self, point: Iterate) -> None:
