@@ -34,8 +34,8 @@ __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 
 #: "auto" takes "working_set" from so many gates and samples, and features P d per sample, on.
 _LEAST_GATES, _LEAST_SAMPLES, _MANY_FEATURES = 256, 256, 25
-#: With several outputs or another loss also from this beta / beta_max on.
-_LARGE_BETA = 0.03
+#: With several outputs from this number of gates times beta / beta_max on, with another loss from this beta / beta_max.
+_MANY_UNUSED, _LARGE_BETA = 30, 0.03
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
@@ -98,7 +98,11 @@ def _few_gates_will_do(problem: Problem, vector: bool) -> bool:
     per_sample = op.n_features / op.n_samples
     if op.n_gates < _LEAST_GATES or per_sample < _MANY_FEATURES or op.n_samples < _LEAST_SAMPLES:
         return False
-    return vector or per_sample >= 10 * _MANY_FEATURES or problem.beta >= _LARGE_BETA * problem.beta_max
+    if vector:
+        return True
+    if problem.loss.name == "squared":
+        return op.n_gates * problem.beta >= _MANY_UNUSED * problem.beta_max
+    return per_sample >= 10 * _MANY_FEATURES or problem.beta >= _LARGE_BETA * problem.beta_max
 
 
 def solve(
