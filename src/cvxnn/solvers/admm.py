@@ -121,7 +121,7 @@ class Admm(Solver):
         self.iteration, self.next_adaptation = 0, 5
         self.tolerated = tolerated_imbalance(problem)
         self.anderson = self._acceleration() if self.options.memory else None
-        self.looks = Looks(problem, self.ridge) if Looks.serve(problem, self.ridge) else None
+        self.looks = Looks(problem, self.ridge) if Looks.serve(problem) else None
         if self.looks is not None:
             self.check_every = self.looks.check_every
         self.W = problem.Y.new_zeros(self.op.block_shape)

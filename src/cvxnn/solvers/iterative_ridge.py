@@ -6,10 +6,11 @@ import math
 
 import torch
 
+from cvxnn.columns import Columns
 from cvxnn.operators import Operator
 from cvxnn.operators.base import row_batches
 from cvxnn.operators.symmetric import add_product
-from cvxnn.solvers.ridge import Ridge, RidgeSolution, cholesky, kernel_fit_norm, solve_factored
+from cvxnn.solvers.ridge import Ridge, RidgeSolution, Step, cholesky, kernel_fit_norm, solve_factored
 
 __all__ = ["IterativeRidge", "n_landmarks"]
 
@@ -127,6 +128,17 @@ class IterativeRidge(Ridge):
             residual = residual - length * curved
             left = self._length(residual)
         return RidgeSolution(B + self.blocks / self.rho, self.last_residual() if want_residual else None)
+
+    def metric(self, columns: Columns, hidden: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        # That of the preconditioner.
+        root = self._root
+        solved = root * self._preconditioned(self._centred(root * hidden.to(root)))
+        gram = self._summed(hidden.to(root).T @ solved).double()
+
+        def step(weights: torch.Tensor) -> torch.Tensor:
+            return self.operator.whole(solved @ weights.to(solved)).double()
+
+        return (gram + gram.T) / 2, step
 
     def last_residual(self) -> torch.Tensor:
         """a o (C - A(Z) - 1 b^T) of the last solution, of all samples."""

@@ -54,9 +54,9 @@ class Looks:
         self.residual: torch.Tensor | None = None
 
     @staticmethod
-    def serve(problem: Problem, ridge: Ridge) -> bool:
+    def serve(problem: Problem) -> bool:
         """Whether there are such points."""
-        return SpectralPoints.serves(problem, ridge)
+        return SpectralPoints.serves(problem)
 
     @property
     def gap(self) -> float:

@@ -18,6 +18,7 @@ __all__ = [
     "KernelRidge",
     "Ridge",
     "RidgeSolution",
+    "Step",
     "cholesky",
     "conjugate_gradients",
     "kernel_fit_norm",
@@ -85,20 +86,20 @@ class Ridge(ABC):
     def solve(self, B: torch.Tensor, C: torch.Tensor, want_residual: bool = True) -> RidgeSolution:
         """The minimiser for given B and C; the residual only where wanted or free."""
 
+    @abstractmethod
     def metric(self, columns: Columns, hidden: torch.Tensor) -> tuple[torch.Tensor, Step]:
         """Gram matrix (r, r) of hidden outputs in the metric M^-1, and weights (r, c) -> M^-1 hidden weights.
 
-        M = K / rho + diag(1 / a), restricted to what is orthogonal to the intercept: the residual of the minimiser for
-        B = 0 is M^-1 C. Only where each sample has one hidden output for a column, by factors of M.
+        M = K / rho + diag(1 / a), or about that, restricted to what is orthogonal to the intercept: the residual of the
+        minimiser for B = 0 is M^-1 C. Only where each sample has one hidden output for a column.
 
         Parameters
         ----------
         columns : Columns
             In float64.
         hidden : torch.Tensor of shape (n, r), float64
-            ``operator.hidden`` of these.
+            ``operator.hidden`` of these, for the samples of this process.
         """
-        raise NotImplementedError
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next steps depend on besides the factorisation."""

@@ -27,10 +27,14 @@ SIDES = ("samples", "features", "iterative")
 SHARE = 0.8
 #: A factor is read as fast as so many columns are solved with.
 _SOLVED_AT_ONCE = 30
+#: Steps of conjugate gradients per step of ADMM, about.
+_PASSES = 2.5
 
 
 def step_cost(n: int, c: int, features: int, side: str, constant_target: bool) -> float:
     """Floating-point operations of a step of ADMM, or as many as take the time of reading the factor."""
+    if side == "iterative":
+        return _PASSES * 4.0 * n * features * c
     order = n if side == "samples" else features
     passes = 0.0 if side == "features" and constant_target else 4.0 * n * features * c
     return passes + 2.0 * order**2 * max(c, _SOLVED_AT_ONCE)

@@ -13,7 +13,8 @@ import torch
 
 from cvxnn.certificates import relative_gap
 from cvxnn.problem import Problem
-from cvxnn.solvers.ridge import FeatureRidge, KernelRidge, Ridge
+from cvxnn.solvers.iterative_ridge import IterativeRidge
+from cvxnn.solvers.ridge import Ridge
 from cvxnn.solvers.sides import step_cost
 from cvxnn.solvers.singular_pairs import Frames, PairProducts
 
@@ -21,8 +22,9 @@ __all__ = ["Found", "SpectralPoints"]
 
 #: Singular values below this times the largest one are zero, in either precision.
 _ZERO = {torch.float32: 1e-5, torch.float64: 1e-8}
-#: Unknowns of a small system at most; and so many steps of ADMM may a look cost about.
+#: Unknowns of a small system, and hidden outputs (512 MiB), at most; and so many steps of ADMM may a look cost about.
 _MOST_UNKNOWNS = 1500
+_MOST_NUMBERS = 2**26
 _STEPS_PER_LOOK = 6
 #: An entry of the matrix of a small system takes as long as so many operations.
 _GATHERED = 40
@@ -61,7 +63,7 @@ class SpectralPoints:
     ----------
     problem : Problem
         See :meth:`serves`.
-    ridge : KernelRidge or FeatureRidge
+    ridge : Ridge
         Factored; it may be factored anew between two looks.
     """
 
@@ -74,12 +76,11 @@ class SpectralPoints:
         self.target = self._centred(self.op.own(problem.Y64))
 
     @staticmethod
-    def serves(problem: Problem, ridge: Ridge) -> bool:
-        """Whether blocks u v^T of this problem have predictions h v^T with one h per sample, and M^-1 is at hand."""
+    def serves(problem: Problem) -> bool:
+        """Whether it has them, and blocks u v^T have predictions h v^T with one h per sample."""
         op = problem.operator
-        if problem.loss.name != "squared" or problem.norm.name != "nuclear" or op.passes_are_dear:
-            return False
-        return op.width == 1 and isinstance(ridge, (KernelRidge, FeatureRidge))
+        has_them = problem.loss.name == "squared" and problem.norm.name == "nuclear"
+        return has_them and op.width == 1 and not op.passes_are_dear
 
     def look(self, W: torch.Tensor, residual: torch.Tensor, tol: float) -> Found | None:
         """The best of the points W and residual = a o (Y - predictions), and better ones; None if that is too dear."""
@@ -106,12 +107,17 @@ class SpectralPoints:
         pairs, unknowns = int(counts.sum()), float((counts * (counts + 1)).sum()) / 2
         n, c = self.problem.Y.shape
         p, features = op.block_shape[1], op.total_gates * op.block_shape[1]
+        if isinstance(self.ridge, IterativeRidge):
+            step = step_cost(n, c, features, "iterative", constant_target=True)
+            metric = 4.0 * n * self.ridge.order * pairs
+        else:
+            # That of the cheaper side, whichever is factored: several processes find the points that one does.
+            step = min(step_cost(n, c, features, side, constant_target=True) for side in ("samples", "features"))
+            metric = 2.0 * min(n, features) ** 2 * pairs
         systems = unknowns**3 + _GATHERED * unknowns**2
         passes = 6.0 * n * features * c + n * pairs * (6 * p + 3 * pairs)
-        # That of the cheaper side, whichever is factored: all processes, and one alone, find the same points.
-        step = min(step_cost(n, c, features, side, constant_target=True) for side in ("samples", "features"))
-        look = systems + passes + 2.0 * min(n, features) ** 2 * pairs
-        return unknowns > _MOST_UNKNOWNS or look > _STEPS_PER_LOOK * step
+        too_large = unknowns > _MOST_UNKNOWNS or n * pairs > _MOST_NUMBERS
+        return too_large or systems + passes + metric > _STEPS_PER_LOOK * step
 
     def _centred(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the samples of this process less their weighted mean over all, where there is an intercept."""
