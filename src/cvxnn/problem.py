@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +19,9 @@ from cvxnn.patterns import Coverage
 from cvxnn.validation import check_positive
 
 __all__ = ["Problem"]
+
+#: Of a unit of the objective, in powers of four: weights over it neither over- nor underflow.
+_LARGEST_POWER = 450
 
 
 class Problem:
@@ -145,6 +149,17 @@ class Problem:
         """The same problem with another beta; data, gates and cached matrices are shared."""
         other = copy.copy(self)
         other.beta = check_positive(beta, "beta")
+        return other
+
+    def in_units_of_beta(self) -> Problem:
+        """The problem with its objective divided by about beta: the same points and minimisers, a dual norm of about 1.
+
+        The unit is a power of four, so that weights, beta and their roots are divided without rounding.
+        """
+        unit = 4.0 ** min(max(math.frexp(self.beta)[1] // 2, -_LARGEST_POWER), _LARGEST_POWER)
+        other = copy.copy(self)
+        other.beta, other.weights = self.beta / unit, self.weights / unit
+        other.__dict__.pop("beta_max", None)
         return other
 
     def with_gates(self, gates: torch.Tensor) -> Problem:
