@@ -6,6 +6,8 @@ import torch
 
 import cvxnn
 from cvxnn.bounds import dual_bound
+from tests.soundness.check import check_problem
+from tests.soundness.problems import random_instance
 
 N, CLASSES = 30, 4
 
@@ -81,3 +83,15 @@ def test_intercepts_of_the_other_classes_are_within_the_bound_of_the_loss():
     apart = best.intercept[:-1].max() - best.intercept[:-1]
     reach = 2 * full.operator.prediction_norm * best.certificate.penalty
     assert bool((apart <= sizes[:-1] + reach).all())
+
+
+@pytest.mark.parametrize("index", [2265, 3213])
+def test_certificates_hold_against_independent_bounds(index):
+    """Random problems of the soundness harness that have an absent class, one in float32."""
+    instance = random_instance(3, index, small=True)
+    used = slice(None) if instance.sample_weight is None else instance.sample_weight > 0
+    assert instance.loss == "cross_entropy" and instance.output_bias
+    assert (instance.Y[used].sum(0) == 0).any()
+    report = check_problem(3, index, small=True)
+    assert report.violations == []
+    assert report.n_certificates >= 20
