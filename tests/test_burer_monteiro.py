@@ -827,7 +827,14 @@ def test_rank_one_has_spurious_minima(landscape):
     assert min(gaps) < 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"local": "newton_cg"}, {"local": "lbfgs"}, {"escape": "proximal"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"local": "newton_cg"}, {"local": "lbfgs"}, {"escape": "proximal"}),
+        *({"eliminate": False}, {"eliminate": False, "local": "newton_cg"}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("output_bias", [False, True])
 def test_bm_global_takes_data_of_any_size(options, output_bias):
     """The squares of blocks A*(gradient), of the size of X times Y, over- and underflow."""
