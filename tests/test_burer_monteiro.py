@@ -825,3 +825,28 @@ def test_rank_one_has_spurious_minima(landscape):
             assert "rank 1, which is too small" in result.message
     assert max(gaps) > 1e-3
     assert min(gaps) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"local": "newton_cg"}, {"local": "lbfgs"}, {"escape": "proximal"}),
+        *({"eliminate": False}, {"eliminate": False, "local": "newton_cg"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("output_bias", [False, True])
+def test_bm_global_takes_data_of_any_size(options, output_bias):
+    """The squares of blocks A*(gradient), of the size of X times Y, over- and underflow."""
+    X, Y, _ = make_data()
+    gates = np.random.default_rng(1).standard_normal((3, 5))
+    plain = cvxnn.mlp_problem(X, Y, gates=gates, output_bias=output_bias, beta=2e-2)
+    wanted = cvxnn.solve(plain, "admm", tol=1e-6).objective
+    sizes = [(1e100, 1e100), (1e-100, 1e-100), (1e-140, 1e-140)]
+    if options.get("local") != "lbfgs":
+        sizes += [(1e100, 1.0), (1e-100, 1.0), (1.0, 1e100), (1.0, 1e-100)]
+    for x, y in sizes:
+        problem = cvxnn.mlp_problem(x * X, y * Y, gates=gates, output_bias=output_bias, beta=2e-2 * x * y)
+        result = cvxnn.solve(problem, "bm_global", tol=1e-5, solver_options=options, max_iter=200)
+        assert result.status == "certified"
+        assert result.objective / y / y == pytest.approx(wanted, rel=2e-5)

@@ -56,6 +56,10 @@ def test_digits(model):
     assert model.score(IMAGES[300:], LABELS[300:]) > 0.85
     assert model.image_shape_ == (1, 8, 8)
     assert model.n_features_in_ == 64
+    grey = torch.from_numpy(IMAGES[:5])
+    torch.testing.assert_close(model.network_(grey), model.network_(grey[:, None]), rtol=0, atol=0)
+    with pytest.raises(InvalidInputError, match=r"\(8, 8\); \(n, 1, height, width\) is wanted"):
+        model.network_(grey[0])
     probabilities = model.predict_proba(IMAGES[:5])
     assert probabilities.shape == (5, 10)
     assert np.allclose(probabilities.sum(1), 1)

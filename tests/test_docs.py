@@ -146,6 +146,23 @@ def test_options_of_solvers_are_documented():
             assert f"| `{field.name}` |" in text, f"{name} has the option {field.name}, which solvers.md lacks"
 
 
+def test_solvers_are_named_where_they_are_chosen():
+    import cvxnn
+    from cvxnn.solvers.api import SOLVERS
+
+    listed = re.search(r"solver : \{(.*?)\}", cvxnn.solve.__doc__, re.DOTALL).group(1)
+    assert re.findall(r'"(\w+)"', listed) == ["auto", *SOLVERS]
+
+
+def test_hooks_of_solvers_and_operators_are_documented():
+    """What a subclass may override is in CONTRIBUTING, so that a new solver or architecture does not miss it."""
+    from cvxnn.solvers.base import Solver
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    hooks = {name for name in vars(Solver) if not name.startswith("_")} | {"kept", "finished", "hidden_norms"}
+    assert not [name for name in sorted(hooks) if f"`{name}`" not in text.replace(" = True`", "`")]
+
+
 def test_versions_agree():
     import cvxnn
 

@@ -323,6 +323,8 @@ def test_path_without_anything_to_learn():
     X = np.random.default_rng(0).standard_normal((10, 2))
     with pytest.raises(InvalidInputError, match="beta_max is 0"):
         cvxnn.path(cvxnn.mlp_problem(X, np.zeros((10, 1))))
+    with pytest.raises(InvalidInputError, match="beta_max is 0"):
+        cvxnn.path(cvxnn.mlp_problem(np.tile(X[:1], (10, 1)), X, output_bias=True, gates=X[:2].T))
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1.0, 5.0, 0.0])

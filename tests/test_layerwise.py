@@ -56,6 +56,19 @@ def test_sgd_learns_and_keeps_every_head(trained):
     assert trained.n_iter_ == 12
 
 
+def test_the_network_takes_the_images_that_predict_takes(trained):
+    grey, wide = HELD[0][:5], HELD[0][:5, None]
+    outputs = trained.network_(torch.from_numpy(grey))
+    torch.testing.assert_close(outputs, trained.network_(torch.from_numpy(wide)), rtol=0, atol=0)
+    np.testing.assert_array_equal(trained.classes_[outputs.argmax(1)], trained.predict(grey))
+    with pytest.raises(InvalidInputError, match=r"\(5, 1, 8, 7\); \(n, 1, 8, 8\) is wanted"):
+        trained.network_(torch.from_numpy(grey[:, :, :7]))
+    colours = np.repeat(SMALL[0][:, None], 3, 1)
+    coloured = model(1, epochs=1).fit(colours, SMALL[1]).network_
+    with pytest.raises(InvalidInputError, match=r"\(5, 8, 8\); \(n, 3, 8, 8\) is wanted"):
+        coloured(torch.from_numpy(grey))
+
+
 def test_a_convex_stage_is_certified_and_its_width_is_kept():
     found = model(method="convex", width=5, tol=1e-2).fit(*TRAIN, validation=HELD)
     assert [stage.status for stage in found.stages_] == ["certified", "certified"]

@@ -165,6 +165,43 @@ def test_zero_targets_have_beta_max_zero():
     assert cvxnn.solve(problem).certificate.relative_gap == 0.0
 
 
+def equal_rows(loss, n, scale=1.0, noise=0.0, **options):
+    """A problem whose intercept explains all that X, with rows that are equal up to noise, can."""
+    rng = np.random.default_rng(n)
+    data = scale * (np.tile(rng.standard_normal(4), (n, 1)) + noise * rng.standard_normal((n, 4)))
+    labels = np.eye(2)[np.arange(n) % 2]
+    targets = 1e3 + rng.standard_normal((n, 2)) if loss in ("squared", "huber") else labels
+    return cvxnn.mlp_problem(data, targets, n_gates=5, loss=loss, output_bias=True, random_state=0, **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scale", [1.0, 1e-100, 1e100])
+def test_beta_max_is_zero_where_only_rounding_is_left(loss, scale):
+    cases = [(7, {}), (20, {"reduction": "sum"}), (33, {"hidden_bias": True}), (500, {"norms": ("linf", "l1")})]
+    for n, options in cases:
+        problem = equal_rows(loss, n, scale, **options)
+        assert problem.beta_max == 0.0
+        solved = cvxnn.solve(problem.with_beta(1e-3 * (max(scale, 1.0) if problem.hidden_bias else scale)))
+        assert solved.status == "certified"
+        assert not solved.Z.any()
+    relu = equal_rows(loss, 9, scale, activation="relu")
+    assert relu.beta_max == 0.0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("norms", NORMS, ids="-".join)
+def test_small_gradients_that_are_real_count(loss, norms):
+    """That of the noise is far above what the data round by, however small it is beside them."""
+    for noise, scale in [(1e-11, 1.0), (1e-11, 1e-140), (1e-11, 1e100), (1e-3, 1e-100)]:
+        problem = equal_rows(loss, 20, scale, noise, norms=norms)
+        blocks = problem.operator.adjoint(
+            problem.dual_candidate(problem.best_intercept(torch.zeros_like(problem.Y)) + torch.zeros_like(problem.Y))
+        )
+        wanted = float(problem.norm.dual_estimate(blocks).max())
+        assert problem.beta_max == pytest.approx(wanted, rel=0.3)
+        assert problem.beta_max >= 0.01 * noise * scale
+
+
 def test_with_beta_shares_everything_else():
     problem = make_problem()
     other = problem.with_beta(0.5)

@@ -304,3 +304,35 @@ def test_runs_that_float32_stops_say_so(solver):
     result = cvxnn.solve(problem, solver, tol=1e-12, max_iter=20_000)
     assert result.status == "stationary"
     assert "float64" in result.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [(kind, "corrective") for kind in ("plain", "bias", "norms", "cross_entropy", "relu")]
+    + [("bias", "plain"), ("norms", "plain"), ("cross_entropy", "plain")],
+)
+def test_frank_wolfe_does_not_depend_on_the_sizes_of_the_data(kind, variant):
+    options = {
+        "plain": {},
+        "bias": {"output_bias": True},
+        "norms": {"norms": ("linf", "l2"), "output_bias": True},
+        "cross_entropy": {"loss": "cross_entropy", "output_bias": True},
+        "relu": {"activation": "relu"},
+    }[kind]
+    X, Y, labels = make_data()
+    targets = np.eye(2)[labels] if kind == "cross_entropy" else Y
+    options |= {"gates": np.random.default_rng(1).standard_normal((3, 5))}
+    settings = {"tol": 1e-3, "max_iter": 20, "solver_options": {"variant": variant}}
+    beta = 0.1 * cvxnn.mlp_problem(X, targets, **options).beta_max
+    first = cvxnn.solve(cvxnn.mlp_problem(X, targets, beta=beta, **options), "frank_wolfe", **settings)
+    assert first.status == ("certified" if variant == "corrective" else "max_iter")
+    sizes = [(2.0**34, 1.0), (2.0**-34, 1.0)]
+    if kind != "cross_entropy":
+        sizes += [(1.0, 2.0**34), (1.0, 2.0**-34), (2.0**-34, 2.0**-34), (1e10, 1e10)]
+    for x, y in sizes:
+        scaled = cvxnn.mlp_problem(x * X, y * targets, beta=beta * x * y, **options)
+        result = cvxnn.solve(scaled, "frank_wolfe", **settings)
+        assert result.status == first.status
+        # Other numbers than powers of two round.
+        assert result.n_iter == first.n_iter or x == 1e10
+        assert result.objective == pytest.approx(y**2 * first.objective, rel=1e-3 if x == 1e10 else 1e-5)

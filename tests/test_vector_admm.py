@@ -1,5 +1,7 @@
 """ADMM for one output: the optimum of the other solvers, whatever the data, and what its better points are worth."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from cvxnn.solvers.api import choose_solver
 from cvxnn.solvers.base import make_options
 from cvxnn.solvers.gated_rows import GatedRows, centred, norms
 from cvxnn.solvers.kernel_system import KernelSystem
+from cvxnn.solvers.memory import needed_bytes
 from cvxnn.solvers.nystrom_system import NystromSystem
 from cvxnn.solvers.radial import best_sizes, corrected_dual
 from cvxnn.solvers.vector_admm import VectorAdmm
@@ -132,6 +135,21 @@ def test_sides_are_chosen_by_cost():
     assert vector_costs.vector_bytes(wide, "iterative") < 0.2 * vector_costs.vector_bytes(wide)
     with pytest.raises(InvalidInputError, match="side"):
         cvxnn.solve(small, "vector_admm", solver_options={"side": "features"})
+
+
+@pytest.mark.parametrize(("side", "d"), [("samples", 200), ("iterative", 400)])
+def test_the_memory_asked_for_is_the_memory_taken(side, d):
+    X, Y = data(60, d)
+    problem = cvxnn.mlp_problem(X, Y, n_gates=400, beta=1e-2, random_state=0)
+    problem.operator.double()
+    tracemalloc.start()
+    cvxnn.solve(problem, "vector_admm", tol=1e-12, max_iter=40, solver_options={"side": side})
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Those of torch, of a certificate, are not traced: two copies of the blocks.
+    taken += 2 * 8 * problem.n_gates * d
+    needed = needed_bytes(problem, "vector_admm", side=side)
+    assert 0.95 * taken <= needed <= 1.1 * taken
 
 
 @pytest.mark.parametrize("output_bias", [False, True])

@@ -131,10 +131,11 @@ def worst_neuron(problem: Problem, nu: torch.Tensor) -> Neurons:
 def intercept_leak(problem: Problem, nu: torch.Tensor) -> tuple[float, float]:
     """What delta = 1^T nu, not exactly 0, can cost: an error of A*(nu), and an amount per unit of scale.
 
-    With an intercept the bound is off by delta . b for a best intercept b. At any optimum the entries of b
-    are at most B + 2 R Omega(Z), with R the largest norm that a prediction can have where Omega is 1, and B
-    from the loss alone (:meth:`Loss.intercept_bound`), as F is at most its value at Z = 0, b = 0. The part
-    with Omega acts like an error of 2 R ||delta||_1 in A*(nu), the other one is subtracted.
+    With an intercept b the bound is off by delta . b. Where the objective is no more than at Z = 0, b = 0, the
+    entries of b are at most B + 2 R Omega(Z), with R the largest norm that a prediction can have where Omega is
+    1, and B from the loss alone (:meth:`Loss.intercept_bound`). The part with Omega acts like an error of
+    2 R ||delta||_1 in A*(nu), the other one is subtracted. Where B is infinite, as for a class that no sample
+    has, delta must be exactly 0 (:meth:`Loss.center_dual`); its intercept then costs nothing.
     """
     if not problem.output_bias:
         return 0.0, 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +19,11 @@ from cvxnn.patterns import Coverage
 from cvxnn.validation import check_positive
 
 __all__ = ["Problem"]
+
+#: Dual norms that may be 0 are rounding where they are at most about so many errors of their blocks.
+_ROUNDING = 4.0
+#: Of a unit of the objective, in powers of four: weights over it neither over- nor underflow.
+_LARGEST_POWER = 450
 
 
 class Problem:
@@ -147,6 +153,17 @@ class Problem:
         other.beta = check_positive(beta, "beta")
         return other
 
+    def in_units_of_beta(self) -> Problem:
+        """The problem with its objective divided by about beta: the same points and minimisers, a dual norm of about 1.
+
+        The unit is a power of four, so that weights, beta and their roots are divided without rounding.
+        """
+        unit = 4.0 ** min(max(math.frexp(self.beta)[1] // 2, -_LARGEST_POWER), _LARGEST_POWER)
+        other = copy.copy(self)
+        other.beta, other.weights = self.beta / unit, self.weights / unit
+        other.__dict__.pop("beta_max", None)
+        return other
+
     def with_gates(self, gates: torch.Tensor) -> Problem:
         """The problem with some of the gates only, (r,) indices; its optimum is no lower than that of all gates."""
         other = copy.copy(self)
@@ -183,14 +200,22 @@ class Problem:
     def beta_max(self) -> float:
         """The beta from which on Z = 0 is optimal: the dual norm of the gradient at Z = 0.
 
-        Computed as a rigorous upper bound, so that Z = 0 is certainly optimal at ``beta_max``.
+        Computed as a rigorous upper bound, so that Z = 0 is certainly optimal at ``beta_max``. It is 0 where that
+        bound is only what rounding allows for: there the gradient cannot be told from 0, and Z = 0 is optimal for
+        every beta that a certificate can tell from 0.
         """
         op = self.operator.double()
         predictions = torch.zeros_like(self.Y64)
         if self.output_bias:
             predictions = predictions + self.loss.best_intercept(predictions, self.Y64, self.weights)
         nu = self.dual_candidate(predictions)
-        return float(self.dual_norms(nu, op.adjoint_rounding(nu))[1].max())
+        error = op.adjoint_rounding(nu)
+        lower, upper = self.dual_norms(nu, error)
+        largest = float(upper.max())
+        # Where the bound from below is 0, blocks have a Frobenius norm of at most about twice the error, and dual norms
+        # of at most sqrt(p q) times that.
+        allowed = _ROUNDING * math.sqrt(math.prod(op.block_shape[1:])) * error
+        return 0.0 if float(lower.max()) == 0 and largest <= allowed else largest
 
     def dual_candidate(self, predictions: torch.Tensor) -> torch.Tensor:
         """The loss gradient at float64 predictions, made feasible for the unpenalised intercept."""

@@ -10,6 +10,7 @@ from torch import nn
 from cvxnn.errors import InvalidInputError
 from cvxnn.layerwise.reduction import Reduction, mirrored, spaced
 from cvxnn.layerwise.stage import GatedConvolution, PooledHead, pooled_outputs
+from cvxnn.networks import with_channel
 from cvxnn.operators.base import row_batches
 
 __all__ = ["LayerwiseNetwork", "Standardizer", "TrainedStage", "outputs_in_batches"]
@@ -153,6 +154,8 @@ class TrainedStage(nn.Module):
 class LayerwiseNetwork(nn.Module):
     """Images as they were given in training -> outputs (n, c) of the head of the last stage.
 
+    Images of one channel may be (n, H, W).
+
     Parameters
     ----------
     standardizer : Standardizer
@@ -179,6 +182,7 @@ class LayerwiseNetwork(nn.Module):
         InvalidInputError
             Images of another shape than those of training.
         """
+        images = with_channel(images, self.image_shape[0])
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise InvalidInputError(
                 f"images have shape {tuple(images.shape)}; (n, {', '.join(map(str, self.image_shape))}) is wanted"

@@ -111,9 +111,11 @@ class Loss(ABC):
     def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
         """Bounds (c,) of the predictions that the loss allows, with which those of a best intercept follow.
 
-        Where F(T) <= ``value``, every output has samples, or a weighted mean of them, at which the sizes (or,
-        for losses that see differences of outputs only, these differences) are at most the bound: an
-        intercept with T = A(Z) + 1 b^T is then at most the bound plus what A(Z) is at these samples.
+        Where F(T) <= ``value``, every output c with a finite bound has samples, or a weighted mean of them, at
+        which the size of t_c (or, for losses that see differences of outputs only, t_j - t_c for every j) is at
+        most the bound. An intercept with T = A(Z) + 1 b^T, whose largest entry among these outputs is shifted to
+        0 for such losses, is then at most the bound plus what A(Z) is at these samples. Where the bound is
+        infinite the intercept may be anything, or have no best value.
         """
 
     @abstractmethod

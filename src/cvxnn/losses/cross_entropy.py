@@ -189,8 +189,8 @@ class CrossEntropy(EntropyLoss):
 
     def intercept_bound(self, value: float, Y: Tensor, w: Tensor) -> Tensor:
         """Differences t_j - t_c are at most value / (w_i Y_ic) at every sample; infinite for absent classes."""
-        share = (w[:, None] * used_rows(Y, w)).amax(0).amin()
-        return torch.full_like(Y[0], value / float(share) if float(share) > 0 else math.inf)
+        shares = (w[:, None] * used_rows(Y, w)).amax(0)
+        return torch.where(shares > 0, value / shares, math.inf)
 
     def largest_scale(self, nu: Tensor, Y: Tensor, w: Tensor) -> float:
         """Supremum of the s >= 0 with s ``nu`` in the domain of F*, rounded down.

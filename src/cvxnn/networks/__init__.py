@@ -2,7 +2,7 @@
 
 from cvxnn.networks.attention import AttentionNetwork
 from cvxnn.networks.building import Network, build_network
-from cvxnn.networks.cnn import TwoLayerCNN
+from cvxnn.networks.cnn import TwoLayerCNN, with_channel
 from cvxnn.networks.mlp import TwoLayerNetwork, balanced_factors, padded_factors
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "balanced_factors",
     "build_network",
     "padded_factors",
+    "with_channel",
 ]

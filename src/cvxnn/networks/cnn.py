@@ -10,14 +10,21 @@ from cvxnn.networks.mlp import GatedModule
 from cvxnn.operators import PatchGeometry
 from cvxnn.operators.base import row_batches
 
-__all__ = ["TwoLayerCNN"]
+__all__ = ["TwoLayerCNN", "with_channel"]
 
 #: Bytes of the maps of one batch of images.
 _BATCH_BYTES = 2**27
 
 
+def with_channel(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Images (n, H, W) of one channel as (n, 1, H, W); all others as they are."""
+    return images.unsqueeze(1) if images.ndim == 3 and channels == 1 else images
+
+
 class TwoLayerCNN(GatedModule):
     """Convolution, gates or ReLU, linear pooling, fully connected layer: images (n, channels, H, W) -> (n, c).
+
+    Images of one channel may be (n, H, W).
 
     For each patch x of an image and each filter u_j the map is 1{g_k(j) . x >= 0} (x . u_j), or without gates x . u_j
     for the linear and (x . u_j)_+ for the ReLU network.
@@ -92,6 +99,7 @@ class TwoLayerCNN(GatedModule):
         InvalidInputError
             Not images with as many channels, or of a size that gives another map of patches than in training.
         """
+        images = with_channel(images, self.channels)
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise InvalidInputError(
                 f"images have shape {tuple(images.shape)}; (n, {self.channels}, height, width) is wanted"

@@ -118,6 +118,10 @@ class Operator(ABC):
         """The largest of what every process has of a maximum over the gates."""
         return value
 
+    def agreed(self, flag: bool) -> bool:
+        """What process 0 decides: rounding on another kind of machine, clocks and callbacks may say otherwise."""
+        return flag if self.group is None else self.group.of_first(flag) > 0
+
     @property
     def counts_common(self) -> bool:
         """Whether this process adds what all of them have to sums that go over the gates of all."""

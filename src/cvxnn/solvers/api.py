@@ -126,10 +126,11 @@ def solve(
     Parameters
     ----------
     problem : Problem
-    solver : {"auto", "admm", "vector_admm", "working_set", "fista", "frank_wolfe", "interior_point", "bm_gd", \
-            "bm_sgd", "bm_noisy_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
+    solver : {"auto", "admm", "vector_admm", "working_set", "fista", "frank_wolfe", "interior_point", "ssnal", \
+            "bm_gd", "bm_sgd", "bm_noisy_gd", "bm_projected_gd", "bm_precgd", "bm_lbfgs", "bm_global"}
         "auto" takes ADMM where its factorisation fits in memory or can be done without ("vector_admm" for one output
-        and the squared loss, "working_set" for many gates), otherwise FISTA; Frank-Wolfe for norms without a prox.
+        and the squared loss, "working_set" for many gates), otherwise FISTA; Frank-Wolfe for norms without a prox. For
+        ReLU it takes "ssnal" with one output and "bm_global" with several.
     rank : int, optional
         Number of columns per gate of a Burer-Monteiro factorisation: fixed, except in "bm_global", which starts
         with it. None leaves it to the solver; the convex solvers take None only.

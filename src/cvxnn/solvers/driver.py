@@ -127,7 +127,7 @@ def run(
     """Run a solver to the tolerance or a limit, and certify exactly the point that is returned."""
     begin = time.perf_counter()
     problem, tol = solver.problem, solver.tol
-    group = problem.operator.group
+    operator, group = problem.operator, problem.operator.group
     best = _Best()
     store = Checkpoint(checkpoint, problem, solver) if checkpoint is not None else None
     iteration, spent = 0, 0.0
@@ -139,10 +139,6 @@ def run(
     def share() -> float:
         """Time for the bounds of one certificate: a part of what was spent so far."""
         return _FIRST_SECONDS + _CERTIFICATE_SHARE * elapsed()
-
-    def agreed(flag: bool) -> bool:
-        """What all processes are to do, where clocks and callbacks may differ."""
-        return flag if group is None else group.of_first(flag) > 0
 
     status, next_check, stopped = "max_iter", 0, False
     with Progress(solver.name, tol, verbose if group is None or group.rank == 0 else 0) as progress:
@@ -174,7 +170,7 @@ def run(
                     if store is not None:
                         # Kept for Ctrl-C in the middle of the next step.
                         state = solver.state()
-                    out_of_time = time_limit is not None and agreed(elapsed() >= time_limit)
+                    out_of_time = time_limit is not None and operator.agreed(elapsed() >= time_limit)
                     last = out_of_time or solver.finished or iteration >= max_iter
                     if iteration < next_check and not last:
                         if store is not None and state is not None:
@@ -195,7 +191,7 @@ def run(
                     entry = best.record(iteration, elapsed(), solver.facts())
                     progress.update(entry)
                     stop = [callback(entry) for callback in callbacks]
-                    called_off = bool(callbacks) and agreed(any(stop))
+                    called_off = bool(callbacks) and operator.agreed(any(stop))
                     if best.gap <= tol:
                         status = "certified"
                     elif not finite:
@@ -248,7 +244,7 @@ def run(
         certificate = best.certificate(problem)
     if status != "certified" and not stopped and certificate.relative_gap <= tol:
         status = "certified"
-    whole = problem.operator.all_gates
+    whole = operator.all_gates
     return Result(
         problem=problem,
         solver=solver.name,

@@ -112,7 +112,7 @@ class Fista(Solver):
             outputs = self.op.apply(Z / self.size)
             slope, squares = self.op.over_gates(float((gradient * difference).sum()), float(difference.square().sum()))
             model = value + slope + self.lipschitz / 2 * squares
-            if self._smooth(outputs)[0] <= model + rounding:
+            if self.op.agreed(self._smooth(outputs)[0] <= model + rounding):
                 break
             self.lipschitz *= 2
         self._accelerate(Z, outputs)

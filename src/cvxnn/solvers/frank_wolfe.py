@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -208,7 +209,7 @@ class FrankWolfe(Solver):
             slope = self.responses @ gradient.flatten() + self.problem.beta
             return value + self.problem.beta * t.sum(), [slope, gradient.sum(0)]
 
-        t, b = self._minimise(objective, [self.t, self.intercept], self.options.correction_iter, n_positive=r)
+        t, b = self._minimise(objective, [self.t, self.intercept], self.options.correction_iter, 1.0, n_positive=r)
         self.t, self.intercept = t.clamp_min(0.0), b
 
     def _descend(self) -> None:
@@ -226,9 +227,9 @@ class FrankWolfe(Solver):
             return value + penalty, [left, right, gradient.sum(0)]
 
         # Atoms of weight zero are saddle points of the factors: they start with a little weight.
-        root = self.t.clamp_min(1e-6 * float(self.t.max()) if float(self.t.max()) > 0 else 1e-6).sqrt().unsqueeze(1)
+        root = self.t.clamp_min(1e-6 * (float(self.t.max()) or self.radius)).sqrt().unsqueeze(1)
         start = [root * self.u, root * self.v, self.intercept]
-        u, v, self.intercept = self._minimise(objective, start, self.options.descent_iter)
+        u, v, self.intercept = self._minimise(objective, start, self.options.descent_iter, 0.5)
         self.u, self.v, self.t = u, v, torch.ones_like(self.t)
 
     def _loss(self, predictions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,17 +238,37 @@ class FrankWolfe(Solver):
         return value, problem.loss.gradient(predictions, problem.Y64, problem.weights)
 
     def _minimise(
-        self, objective: Callable[..., Any], start: list[torch.Tensor], limit: int, n_positive: int = 0
+        self,
+        objective: Callable[..., Any],
+        start: list[torch.Tensor],
+        limit: int,
+        power: float,
+        n_positive: int = 0,
     ) -> list[torch.Tensor]:
-        """L-BFGS over a list of tensors, the last of them the intercept, the first entries >= 0."""
+        """L-BFGS over a list of tensors, the last of them the intercept, the first entries >= 0.
 
-        def with_intercept(*parts: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
-            value, slopes = objective(*parts)
-            if not self.problem.output_bias:
+        L-BFGS-B has limits in absolute terms, and first steps of length one. All is measured in powers of two: the
+        objective by its value V at the start, tensors of blocks to a power by (V / beta)^power, and the intercept by
+        what raises the loss by about V.
+        """
+        problem = self.problem
+        value = float(objective(*start)[0])
+        if not value > 0:
+            return start
+        size = _power_of_two((value / problem.beta) ** power)
+        offset = _power_of_two(math.sqrt(value / (problem.loss.smoothness * float(problem.weights.sum()))))
+        value = _power_of_two(value)
+        sizes = [*(size for _ in start[1:]), offset]
+
+        def measured(*parts: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+            total, slopes = objective(*(part * size for part, size in zip(parts, sizes, strict=True)))
+            if not problem.output_bias:
                 slopes[-1] = torch.zeros_like(slopes[-1])
-            return value, slopes
+            return total / value, [slope * (size / value) for slope, size in zip(slopes, sizes, strict=True)]
 
-        return minimise(with_intercept, start, limit, gtol=1e-9 * self.problem.beta, n_positive=n_positive).parts
+        first = [part / size for part, size in zip(start, sizes, strict=True)]
+        found = minimise(measured, first, limit, gtol=1e-9, n_positive=n_positive).parts
+        return [part * size for part, size in zip(found, sizes, strict=True)]
 
     def _keep(self, kept: torch.Tensor) -> None:
         self.gate, self.u, self.v = self.gate[kept], self.u[kept], self.v[kept]
@@ -276,3 +297,8 @@ class FrankWolfe(Solver):
     def load_state(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def _power_of_two(size: float) -> float:
+    """One near a positive size."""
+    return 2.0 ** min(max(math.frexp(size)[1], -1000), 1000)

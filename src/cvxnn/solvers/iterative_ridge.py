@@ -110,7 +110,7 @@ class IterativeRidge(Ridge):
         goal = max(rounding, _REDUCTION * left)
         direction, inner = torch.zeros_like(residual), torch.ones_like(residual[0])
         for _ in range(_LIMIT):
-            if not left > goal:
+            if not self.operator.agreed(left > goal):
                 break
             z = self._preconditioned(residual)
             new = self._summed((residual * z).sum(0))

@@ -14,8 +14,9 @@ __all__ = ["check_solver_memory", "needed_bytes"]
 
 #: Arrays of n c numbers in float64 that a certificate has at a time.
 _OF_SAMPLES = 8
-#: Arrays of the size of the blocks that solvers have at a time, and of that of the factors.
-_OF_BLOCKS = {"admm": 7, "vector_admm": 9, "working_set": 4, "fista": 7, "frank_wolfe": 4}
+#: Arrays of the size of the blocks that solvers have at a time, and of that of the factors; those of "vector_admm" are
+#: among what :func:`vector_bytes` counts.
+_OF_BLOCKS = {"admm": 7, "vector_admm": 0, "working_set": 4, "fista": 7, "frank_wolfe": 4}
 _OF_FACTORS = {"bm_gd": 8, "bm_sgd": 8, "bm_noisy_gd": 8, "bm_precgd": 12, "bm_lbfgs": 2 * 20 + 8}
 
 

@@ -17,7 +17,7 @@ _READING = 40
 #: From so many samples on conjugate gradients can be worth it.
 _ITERATIVE_FROM = 2_500
 #: Copies of the blocks: those of the iteration, and two for each difference of the acceleration.
-_VECTORS = 28
+_VECTORS = 32
 
 
 def passing(n: int, n_gates: int, d: int) -> float:
@@ -60,7 +60,7 @@ def is_worthwhile(problem: Problem) -> bool:
 
 
 def vector_bytes(problem: Problem, system: str = "samples") -> int:
-    """Memory of a system, in float64 at worst, and of the data and patterns in two precisions."""
+    """Memory of a system, in float64 at worst, of the data and patterns in two precisions, and of the blocks."""
     n, (n_gates, d, _) = problem.operator.n_samples, problem.operator.block_shape
     m = n_columns(n)
     matrices = 16 * n**2 if system == "samples" else 16 * n * m + 40 * m**2

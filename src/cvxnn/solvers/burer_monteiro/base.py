@@ -106,7 +106,7 @@ class BurerMonteiro(Solver):
         """beta/2 times the sum of ||u_j||_C^2 + ||v_j||_R^2."""
         left, right = (VECTOR_NORMS[name] for name in self.norms)
         total = left.value(columns.u).square().sum() + right.value(columns.v).square().sum()
-        return self.problem.beta / 2 * self.op.over_gates(float(total))[0]
+        return self.loss.problem.beta / 2 * self.op.over_gates(float(total))[0]
 
     def euclidean(self, *parts: torch.Tensor) -> float:
         """Euclidean length of tensors over all columns."""

@@ -12,6 +12,7 @@ import torch
 from cvxnn.certificates import Certificate
 from cvxnn.columns import Columns
 from cvxnn.errors import UnsupportedError
+from cvxnn.factored import FactoredLoss
 from cvxnn.problem import Problem
 from cvxnn.solvers.base import Iterate
 from cvxnn.solvers.burer_monteiro.base import BurerMonteiro
@@ -106,6 +107,9 @@ class BmGlobal(BurerMonteiro):
         self.in_cones: ConeGlobal | None = None
         if problem.cones is not None and (self.options.escape != "columns" or self.options.local == "lbfgs"):
             raise UnsupportedError("escape='proximal' and local='lbfgs' are not there for ReLU problems")
+        #: What is solved: blocks of about 1 have squares, whatever the sizes of X, Y and beta are.
+        self.scaled = problem if problem.cones is not None else problem.in_units_of_beta()
+        self.loss = FactoredLoss(self.scaled, double=self.double)
 
     def _start_in_cones(self, point: Iterate | None) -> None:
         deadline = None if self.time_limit is None else time.perf_counter() + self.time_limit
@@ -192,16 +196,16 @@ class BmGlobal(BurerMonteiro):
             return self._proximal_escape() if self.stalled else 0
         most = max(self.options.new_columns, self.rank or 0)
         threshold = 1 + 0.1 * self.tol
-        found = violations(self.problem, self.loss, self.columns, self.intercept, most, threshold, self.share)
-        worst = float(found.values.max()) / self.problem.beta if len(found.values) else 1.0
+        found = violations(self.scaled, self.loss, self.columns, self.intercept, most, threshold, self.share)
+        worst = float(found.values.max()) / self.scaled.beta if len(found.values) else 1.0
         # First the gates that are violated most: the others often follow.
         if self.quasi is not None and len(found.values) == 0 and found.ratio - 1 > 0.5 * self.violation:
             # Fifty iterations of L-BFGS did little, and no column is missing: it is the conditioning.
             self.slow, self.quasi = self.options.local == "auto", None
         self.violation = found.ratio - 1
-        chosen = found.values > self.problem.beta * (1 + 0.1 * (worst - 1))
+        chosen = found.values > self.scaled.beta * (1 + 0.1 * (worst - 1))
         found.pairs, found.values = found.pairs[chosen], found.values[chosen]
-        fresh = new_columns(self.problem, self.loss, found, self.columns, self.share)
+        fresh = new_columns(self.scaled, self.loss, found, self.columns, self.share)
         if len(fresh):
             kept = self.columns.compressed(self.op.n_gates, _EMPTY)
             self.columns = Columns.joined(kept, fresh)
@@ -214,12 +218,12 @@ class BmGlobal(BurerMonteiro):
             self.step_length = 1 / max(curvature, 1e-300)
         before = len(self.columns)
         self.columns, self.step_length = proximal_step(
-            self.problem, self.loss, self.columns, self.intercept, 4 * self.step_length
+            self.scaled, self.loss, self.columns, self.intercept, 4 * self.step_length
         )
         return max(0, len(self.columns) - before)
 
     def _local(self) -> LocalProblem:
-        arguments = self.problem, self.loss, self.columns, self._grams
+        arguments = self.scaled, self.loss, self.columns, self._grams
         if self.problem.loss.name == "squared" and self.options.eliminate and not self.indefinite:
             local = Eliminated(*arguments)
             if self.op.width == 1 or self._method(local) != "newton":

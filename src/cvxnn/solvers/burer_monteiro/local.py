@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -62,6 +63,10 @@ class LocalProblem(ABC):
     @abstractmethod
     def variables(self, columns: Columns, intercept: torch.Tensor) -> list[torch.Tensor]:
         """The variables of a point, columns by rows first."""
+
+    def length(self, parts: Sequence[torch.Tensor]) -> float:
+        """Euclidean length of the columns among the variables; an intercept, of the size of Y, is left out."""
+        return math.sqrt(sum(float(part.square().sum()) for part in parts[:2]))
 
     @abstractmethod
     def point(self, parts: Sequence[torch.Tensor]) -> tuple[Columns, torch.Tensor]:

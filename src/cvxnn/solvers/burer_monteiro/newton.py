@@ -54,7 +54,7 @@ def newton(
         Multiple of the metric that is added to the curvature at first (Levenberg-Marquardt); it follows the
         ratio of the decrease to what the model promised.
     tolerance : float
-        End where the gradient is at most this times beta times the length of the variables.
+        End where the gradient is at most this times beta times the length of the columns.
     dense : bool
         Form the curvature; otherwise steps are by conjugate gradients.
     at_least : int
@@ -74,7 +74,7 @@ def newton(
     if not math.isfinite(value):
         return NewtonResult(split(x), value, damping, True, False, 0)
     for step in range(limit):
-        if step >= at_least and float(slope.norm()) <= tolerance * local.beta * float(x.norm()):
+        if step >= at_least and float(slope.norm()) <= tolerance * local.beta * local.length(split(x)):
             return NewtonResult(split(x), value, damping, False, True, step)
         curvature = local.curvature(split(x), dense)
         while True:
