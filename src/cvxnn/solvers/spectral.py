@@ -89,17 +89,12 @@ class SpectralPoints:
         largest = self.op.largest_over_gates(float(values.max()))
         used = values > _ZERO[self.problem.dtype] * largest
         sizes = self.op.all_gates(torch.where(used, values, 0.0))
-        if self._agreed(not largest > 0 or self._is_dear(sizes > 0)):
+        if self.op.agreed(not largest > 0 or self._is_dear(sizes > 0)):
             return None
         frames, sizes = Frames.of(self.op, left, right, sizes > 0), sizes[sizes > 0]
         primal, Z, ranks = self._better_blocks(W, frames, sizes)
         lower, dual = self._better_residual(residual, ranks, tol, primal)
         return Found(primal, Z, lower, dual, float(sizes.mean()))
-
-    def _agreed(self, flag: bool) -> bool:
-        """A decision that all processes take alike, whatever rounding is in each."""
-        group = self.op.group
-        return flag if group is None else group.of_first(flag) > 0
 
     def _is_dear(self, used: torch.Tensor) -> bool:
         """Whether the work with so many singular pairs, (P, r) of all gates, takes long beside the steps."""
@@ -151,7 +146,7 @@ class SpectralPoints:
             products = hidden.T @ (self.weights * self.target) @ columns.v.T
             op.summed(0.0, metric, products)
             found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal)
-            if self._agreed(found is None):
+            if self.op.agreed(found is None):
                 break
             assert found is not None
             S = pairs.matrix(found)
@@ -162,7 +157,7 @@ class SpectralPoints:
                 best = value, frames.product(op, blocks)
             tiny = _TINY * float(inner.abs().max())
             positive = (inner > tiny).sum(1)
-            if self._agreed(last or not bool((inner < -tiny).any() and positive.any())):
+            if self.op.agreed(last or not bool((inner < -tiny).any() and positive.any())):
                 break
             frames = frames.leading(positive)
         return *best, frames.ranks(op)
@@ -180,12 +175,12 @@ class SpectralPoints:
             if lower > best[0]:
                 best = lower, residual
             enough = beta * (1 + _CLOSE * max(tol, relative_gap(primal, lower)))
-            if self._agreed(step == _CORRECTIONS or (step > 0 and q <= enough)):
+            if self.op.agreed(step == _CORRECTIONS or (step > 0 and q <= enough)):
                 break
             # Singular values come in decreasing order.
             first = torch.arange(values.shape[1], device=values.device) < ranks.unsqueeze(1)
             sizes = op.all_gates(torch.where(first | (values > beta), values, 0.0))
-            if self._agreed(self._is_dear(sizes > 0)):
+            if self.op.agreed(self._is_dear(sizes > 0)):
                 break
             frames = Frames.of(op, left, right, sizes > 0)
             columns = frames.columns()
@@ -193,7 +188,7 @@ class SpectralPoints:
             excess = torch.where(pairs.diagonal, sizes[sizes > 0][pairs.i] - beta, 0.0)
             metric, move = self.ridge.metric(columns, frames.hidden(op, columns))
             weights = _solve(pairs.gram(metric), excess)
-            if self._agreed(weights is None):
+            if self.op.agreed(weights is None):
                 break
             assert weights is not None
             residual = residual - move(pairs.matrix(weights) @ columns.v)
