@@ -291,6 +291,8 @@ class Admm(Solver):
         self.ridge.factor(self.rho)
 
     def iterate(self) -> Iterate:
+        if self.looks is not None and self.looks.looked < self.iteration and self.looks.gap > self.tol:
+            self._look(self.looks)
         better = None if self.looks is None else self.looks.best(self.iteration)
         if better is not None:
             return better
