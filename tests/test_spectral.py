@@ -54,7 +54,7 @@ def test_better_points_are_points_and_better(kind, side, monkeypatch):
     optimum = cvxnn.solve(problem, "interior_point", tol=1e-9).certificate
     solver = rough(problem, side, 20)
     plain = solver.iterate()
-    found = SpectralPoints(problem, solver.ridge).look(plain.Z, -plain.dual, 1e-6)
+    found = SpectralPoints(problem, solver.ridge).look(plain.Z, -plain.dual, 0.0)
     worse = evaluate(problem, plain.Z).primal, dual_bound(problem, problem.centred(plain.dual.double())).lower_bound
     # What it says of its points is what the certificate finds.
     assert evaluate(problem, found.Z).primal == pytest.approx(found.primal, rel=1e-9)
@@ -80,7 +80,8 @@ def test_pairs_that_come_out_negative_are_dropped():
     values = torch.where(used & ~wanted, 1e-4 * values.max(), values)
     points = SpectralPoints(problem, solver.ridge)
     W = left @ torch.diag_embed(values * used) @ right
-    primal, Z, ranks = points._better_blocks(W, Frames.of(points.op, left, right, used), values[used])
+    frames = Frames.of(points.op, left, right, used)
+    primal, Z, ranks = points._better_blocks(frames, problem.objective(W), W)
     assert torch.equal(ranks, wanted.sum(1))
     assert primal - best.objective < 1e-3 * (problem.objective(W) - best.objective)
     assert problem.objective(Z) == pytest.approx(primal, rel=1e-12)

@@ -25,7 +25,7 @@ _ZERO = {torch.float32: 1e-5, torch.float64: 1e-8}
 #: Unknowns of a small system, and hidden outputs (512 MiB), at most; and so many steps of ADMM may a look cost about.
 _MOST_UNKNOWNS = 1500
 _MOST_NUMBERS = 2**26
-_STEPS_PER_LOOK = 6
+_STEPS_PER_LOOK = 4
 #: An entry of the matrix of a small system takes as long as so many operations.
 _GATHERED = 40
 #: Newton steps for the dual point, which end where the dual norm is above beta by less than this times the gap.
@@ -48,6 +48,16 @@ class Found:
     lower: float
     residual: torch.Tensor
     mean_size: float
+
+
+@dataclass
+class _Slopes:
+    """Singular value decompositions of A_k*(r), and the largest value of all gates."""
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+    largest: float
 
 
 class SpectralPoints:
@@ -92,9 +102,15 @@ class SpectralPoints:
         if self.op.agreed(not largest > 0 or self._is_dear(sizes > 0)):
             return None
         frames, sizes = Frames.of(self.op, left, right, sizes > 0), sizes[sizes > 0]
-        primal, Z, ranks = self._better_blocks(W, frames, sizes)
-        lower, dual = self._better_residual(residual, ranks, tol, primal)
-        return Found(primal, Z, lower, dual, float(sizes.mean()))
+        primal = self._plain_objective(frames, sizes)
+        slopes = self._slopes(residual)
+        lower = self._bound(residual, slopes.largest)
+        mean = float(sizes.mean())
+        if self.op.agreed(relative_gap(primal, lower) <= tol):
+            return Found(primal, W, lower, residual, mean)
+        primal, Z, ranks = self._better_blocks(frames, primal, W)
+        lower, dual = self._better_residual(residual, slopes, lower, ranks, tol, primal)
+        return Found(primal, Z, lower, dual, mean)
 
     def _is_dear(self, used: torch.Tensor) -> bool:
         """Whether the work with so many singular pairs, (P, r) of all gates, takes long beside the steps."""
@@ -126,27 +142,30 @@ class SpectralPoints:
         loss = 0.5 * float((self.weights * (self.target - outputs).square()).sum())
         return self.op.summed(loss) + self.problem.beta * penalty
 
+    def _plain_objective(self, frames: Frames, sizes: torch.Tensor) -> float:
+        columns = frames.columns()
+        outputs = frames.hidden(self.op, columns) @ (sizes.unsqueeze(1) * columns.v)
+        return self._objective(self._centred(outputs), float(sizes.sum()))
+
     def _better_blocks(
-        self, W: torch.Tensor, frames: Frames, sizes: torch.Tensor
+        self, frames: Frames, primal: float, W: torch.Tensor
     ) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Objective and blocks with the best S_k, or W where that is better; and the ranks of the gates, (P,).
+        """Objective and blocks with the best S_k, or those given where these are better; and the ranks of gates, (P,).
 
         Of gates in which S_k has negative eigenvalues as many pairs are dropped, the smallest ones of W, as S_k is to
         be positive semidefinite.
         """
         beta, op = self.problem.beta, self.op
-        best = math.inf, W
+        best = primal, W
         for last in (False,) * _ROUNDS + (True,):
             columns = frames.columns()
             hidden = self._centred(frames.hidden(op, columns))
-            if best[0] == math.inf:
-                best = self._objective(hidden @ (sizes.unsqueeze(1) * columns.v), float(sizes.sum())), W
             pairs = PairProducts(columns)
             metric = hidden.T @ (self.weights * hidden)
             products = hidden.T @ (self.weights * self.target) @ columns.v.T
             op.summed(0.0, metric, products)
             found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal)
-            if self.op.agreed(found is None):
+            if op.agreed(found is None):
                 break
             assert found is not None
             S = pairs.matrix(found)
@@ -157,41 +176,47 @@ class SpectralPoints:
                 best = value, frames.product(op, blocks)
             tiny = _TINY * float(inner.abs().max())
             positive = (inner > tiny).sum(1)
-            if self.op.agreed(last or not bool((inner < -tiny).any() and positive.any())):
+            if op.agreed(last or not bool((inner < -tiny).any() and positive.any())):
                 break
             frames = frames.leading(positive)
         return *best, frames.ranks(op)
 
+    def _slopes(self, residual: torch.Tensor) -> _Slopes:
+        left, values, right = torch.linalg.svd(self.op.adjoint(residual), full_matrices=False)
+        return _Slopes(left, values, right, self.op.largest_over_gates(float(values.max())))
+
     def _better_residual(
-        self, residual: torch.Tensor, ranks: torch.Tensor, tol: float, primal: float
+        self, residual: torch.Tensor, slopes: _Slopes, lower: float, ranks: torch.Tensor, tol: float, primal: float
     ) -> tuple[float, torch.Tensor]:
-        """About the largest bound and its residual, of Newton's method for ||A_k*(residual)|| <= beta."""
+        """About the largest bound and its residual, of Newton's method for ||A_k*(residual)|| <= beta.
+
+        It starts with a residual, its A_k* and its bound, for given ranks of the gates of this process.
+        """
         beta, op = self.problem.beta, self.op
-        best = -math.inf, residual
-        for step in range(_CORRECTIONS + 1):
-            left, values, right = torch.linalg.svd(op.adjoint(residual), full_matrices=False)
-            q = op.largest_over_gates(float(values.max()))
-            lower = self._bound(residual, q)
-            if lower > best[0]:
-                best = lower, residual
-            enough = beta * (1 + _CLOSE * max(tol, relative_gap(primal, lower)))
-            if self.op.agreed(step == _CORRECTIONS or (step > 0 and q <= enough)):
+        best = lower, residual
+        for step in range(_CORRECTIONS):
+            gap = relative_gap(primal, lower)
+            if op.agreed(gap <= tol or (step > 0 and slopes.largest <= beta * (1 + _CLOSE * gap))):
                 break
             # Singular values come in decreasing order.
-            first = torch.arange(values.shape[1], device=values.device) < ranks.unsqueeze(1)
-            sizes = op.all_gates(torch.where(first | (values > beta), values, 0.0))
-            if self.op.agreed(self._is_dear(sizes > 0)):
+            first = torch.arange(slopes.values.shape[1], device=ranks.device) < ranks.unsqueeze(1)
+            sizes = op.all_gates(torch.where(first | (slopes.values > beta), slopes.values, 0.0))
+            if op.agreed(self._is_dear(sizes > 0)):
                 break
-            frames = Frames.of(op, left, right, sizes > 0)
+            frames = Frames.of(op, slopes.left, slopes.right, sizes > 0)
             columns = frames.columns()
             pairs = PairProducts(columns)
             excess = torch.where(pairs.diagonal, sizes[sizes > 0][pairs.i] - beta, 0.0)
             metric, move = self.ridge.metric(columns, frames.hidden(op, columns))
             weights = _solve(pairs.gram(metric), excess)
-            if self.op.agreed(weights is None):
+            if op.agreed(weights is None):
                 break
             assert weights is not None
             residual = residual - move(pairs.matrix(weights) @ columns.v)
+            slopes = self._slopes(residual)
+            lower = self._bound(residual, slopes.largest)
+            if lower > best[0]:
+                best = lower, residual
         return best
 
     def _bound(self, residual: torch.Tensor, q: float) -> float:
