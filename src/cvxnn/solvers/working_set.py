@@ -32,10 +32,11 @@ _VECTOR_SHARE = 1e-2
 _PART = 10
 _LEAST, _MOST = 10, 100
 #: Steps of a round of "vector_admm" that is to find gates only; so many times its gates may join it. Where fewer than
-#: this share of them do, the next round is solved.
+#: this share of them do, the next round is solved. So few wait until a round is solved.
 _ROUGH_STEPS = 4
 _GROWTH = 2
 _SETTLED = 0.05
+_FEW = 0.01
 _NEVER = 2**31
 #: Gates whose norms are above so much of that join too.
 _NEARLY = 0.98
@@ -55,10 +56,11 @@ class WorkingSetOptions:
 
     Attributes
     ----------
-    gates : int
-        Gates of the first round; with a warm start the least number of them.
+    gates : int or None
+        Gates of the first round; with a warm start the least number of them. None for a tenth of all, 10 to 100.
     new_gates : int or None
-        Violated gates that are added at most after a pricing; None for as many as there are gates in the set.
+        Violated gates that are added at most after a pricing; None for as many as there are gates in the set, and
+        twice as many as long as the set is sought.
     """
 
     gates: int | None = None
@@ -72,7 +74,8 @@ class WorkingSetOptions:
 class WorkingSet(Solver):
     """Rounds of ADMM on some of the gates, the others at zero.
 
-    A round is solved to a gap of its own, by ``vector_admm`` where that can serve. Then the dual norms of all gates are
+    Where ``vector_admm`` can serve, the first rounds are a few steps each, after which gates join whose dual norms are
+    above beta, until few do. A round after them is solved to a gap of its own. Then the dual norms of all gates are
     bounded from its dual candidate (:class:`~cvxnn.solvers.pricing.Pricing`): this gives a bound of the whole problem,
     and the gates whose norm is above beta are those that can lower the objective. The worst of them join, gates that
     are certainly inactive leave, and the next round starts where the last one ended. A round with no gate to join is
@@ -179,16 +182,20 @@ class WorkingSet(Solver):
         typical = float(norms[self.gates[torch.from_numpy(used)]].median()) if used.any() else 0.0
         joining = self._violated(norms, max(self.problem.beta, typical), _GROWTH * len(self.gates))
         self.rough = len(joining) > _SETTLED * len(self.gates)
-        if self.rough:
+        if len(joining) > _FEW * len(self.gates):
             self._join(joining, inner.blocks_of(inner.W), nu, inner.rho)
         else:
             inner.next_look = inner.iteration + _ROUGH_STEPS
 
     def _extend(self, inner: VectorAdmm) -> None:
-        """After a look of a round at its gap: gates join at once where many will be wanted."""
+        """After a look of a round at its gap: gates join at once where they are many or make the bound as loose."""
         nu = self.problem.centred(inner.dual_of(inner.best_r))
-        joining = self._violated(self.pricing.estimate(nu))
-        if len(joining) > _SETTLED * len(self.gates):
+        norms = self.pricing.estimate(nu)
+        joining = self._violated(norms)
+        if len(joining) == 0:
+            return
+        excess = float(norms[joining].max()) / max(self.problem.beta, float(norms[self.gates].max())) - 1
+        if len(joining) > _FEW * len(self.gates) or excess > inner.gap:
             self._join(joining, inner.blocks_of(inner.W), nu, inner.rho)
 
     def _look(self, point: Iterate) -> None:
