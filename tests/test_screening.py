@@ -168,7 +168,7 @@ def test_sizes_at_extreme_scales(scale):
     torch.testing.assert_close(gate_sizes(scaled) / scale, gate_sizes(plain))
 
 
-@pytest.mark.parametrize("scale", [1e-160, 1e-90, 1.0, 1e150])
+@pytest.mark.parametrize("scale", [1e-130, 1e-90, 1.0, 1e150])
 def test_sizes_of_wide_data_bound_spectral_norms(scale):
     """More features than 128 and half the gates: Frobenius norms of the active rows."""
     rng = np.random.default_rng(0)
