@@ -168,6 +168,20 @@ def test_sizes_at_extreme_scales(scale):
     torch.testing.assert_close(gate_sizes(scaled) / scale, gate_sizes(plain))
 
 
+@pytest.mark.parametrize("scale", [1e-130, 1e-90, 1.0, 1e150])
+def test_sizes_of_wide_data_bound_spectral_norms(scale):
+    """More features than 128 and half the gates: Frobenius norms of the active rows."""
+    rng = np.random.default_rng(0)
+    X = scale * rng.standard_normal((40, 150))
+    problem = cvxnn.mlp_problem(X, rng.standard_normal((40, 1)), n_gates=6, beta=0.1, sample_weight=np.arange(40.0))
+    sizes = gate_sizes(problem).numpy() / scale
+    for k in range(problem.n_gates):
+        active = X / scale * problem.patterns[:, k : k + 1].numpy() * problem.weights.sqrt().unsqueeze(1).numpy()
+        assert np.linalg.norm(active, 2) <= sizes[k] <= np.linalg.norm(active) * (1 + 1e-12)
+        # Squares that underflow would not do.
+        assert (sizes[k] >= np.linalg.norm(active)) == (scale > 1e-100)
+
+
 def test_spectral_bounds_are_tight_where_patterns_are_all_ones():
     X = np.random.default_rng(0).standard_normal((50, 4))
     problem = cvxnn.mlp_problem(X, X[:, :1], activation="linear", beta=0.1, reduction="sum")

@@ -11,11 +11,14 @@ from cvxnn.operators import MLPOperator
 from cvxnn.solvers import gate_kernels
 from cvxnn.solvers.admm import Admm, AdmmOptions
 from cvxnn.solvers.api import choose_solver
-from cvxnn.solvers.gate_kernels import GateKernels
+from cvxnn.solvers.gate_kernels import GateKernels, KernelsOfSet
 from cvxnn.solvers.gated_rows import GatedRows
 from cvxnn.solvers.memory import needed_bytes
+from cvxnn.solvers.nystrom_system import NystromSystem
 from cvxnn.solvers.pricing import Pricing
 from cvxnn.solvers.sides import make_ridge
+from cvxnn.solvers.vector_admm import VectorAdmm, VectorAdmmOptions
+from cvxnn.solvers.vector_costs import choose_system
 from cvxnn.solvers.working_set import WorkingSet, WorkingSetOptions
 from tests.helpers import make_problem
 
@@ -270,6 +273,84 @@ def test_auto_takes_it_for_many_gates():
     two = cvxnn.mlp_problem(X, Y, n_gates=400, beta=1.0)
     assert choose_solver(two.with_beta(0.1 * two.beta_max)) == "working_set"
     assert choose_solver(two.with_beta(1e-3 * two.beta_max)) == "admm"
+
+
+def test_auto_takes_it_for_fewer_gates_with_many_samples_where_beta_is_large():
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((3000, 200))
+    problem = cvxnn.mlp_problem(X, rng.standard_normal((3000, 1)), n_gates=90, beta=1.0)
+    assert choose_system(problem) == "iterative"
+    assert choose_solver(problem.with_beta(0.1 * problem.beta_max)) == "working_set"
+    assert choose_solver(problem.with_beta(1e-3 * problem.beta_max)) == "vector_admm"
+    few = problem.with_gates(torch.arange(40))
+    assert choose_solver(few.with_beta(0.1 * few.beta_max)) != "working_set"
+
+
+def few_in_use(**options):
+    """2600 samples, so that conjugate gradients serve, 40 gates, and one hidden neuron with a gate of its own."""
+    rng = np.random.default_rng(1)
+    X = rng.standard_normal((2600, 120))
+    y = np.maximum(X @ rng.standard_normal((120, 1)), 0) + 0.1 * rng.standard_normal((2600, 1))
+    problem = cvxnn.mlp_problem(X, y, n_gates=40, reduction="sum", random_state=0, **options)
+    return problem.with_beta(0.3 * problem.beta_max)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_bias": True}])
+def test_rounds_by_conjugate_gradients_agree_with_all_gates_and_resume_with_the_same_bits(tmp_path, options):
+    problem = few_in_use(**options)
+    solver = WorkingSet(problem, WorkingSetOptions(), TOL, None)
+    solver.start(None)
+    assert isinstance(solver.inner.system, NystromSystem)
+    whole = cvxnn.solve(problem, "working_set", tol=TOL, checkpoint=tmp_path / "whole")
+    reference = cvxnn.solve(problem, "vector_admm", tol=TOL)
+    assert whole.status == reference.status == "certified"
+    assert whole.certificate.lower_bound <= reference.objective * (1 + 1e-12)
+    assert reference.certificate.lower_bound <= whole.objective * (1 + 1e-12)
+    for stop in (3, 7):
+        assert stop < whole.n_iter
+        file = tmp_path / f"run-{stop}"
+        cvxnn.solve(problem, "working_set", tol=TOL, max_iter=stop, checkpoint=file)
+        resumed = cvxnn.solve(problem, "working_set", tol=TOL, checkpoint=file, resume=True)
+        assert resumed.n_iter == whole.n_iter
+        assert torch.equal(resumed.Z, whole.Z)
+        assert torch.equal(resumed.dual, whole.dual)
+
+
+def test_rounds_share_samples_and_products():
+    problem = few_in_use()
+    problem = problem.with_beta(problem.beta / 10)
+    solver = WorkingSet(problem, WorkingSetOptions(), TOL, None)
+    solver.start(None)
+    first = solver.inner
+    while solver.inner is first:
+        solver.step()
+    assert solver.inner.rows.X is first.rows.X
+    assert solver.inner.rows.astype(np.float32).X is first.rows.astype(np.float32).X
+    alone = VectorAdmm(solver.part, VectorAdmmOptions(), TOL, None)
+    np.testing.assert_array_equal(alone.rows.X, solver.inner.rows.X)
+    np.testing.assert_array_equal(alone.rows.D, solver.inner.rows.D)
+
+
+def test_rows_of_kernels_are_those_of_each_set():
+    rng = np.random.default_rng(0)
+    X, D = rng.standard_normal((30, 4)), rng.random((30, 20)) > 0.5
+    kernels, chosen = GateKernels(), np.array([2, 3, 11])
+    for gates in ([1, 5], [0, 1, 5, 7]):
+        for dtype, tolerance in ((np.float32, 1e-4), (np.float64, 1e-12)):
+            rows = GatedRows(X.astype(dtype), D[:, gates].astype(dtype))
+            found = KernelsOfSet(kernels, np.array(gates)).kernel_rows(rows, chosen)
+            np.testing.assert_allclose(found, rows.kernel_rows(chosen), atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_estimates_are_dual_norms(size):
+    problem = many_gates()
+    nu = size * problem.dual_candidate(torch.zeros_like(problem.Y64))
+    pricing = Pricing(problem, {})
+    exact = problem.operator.double().adjoint(nu).norm(dim=(1, 2))
+    torch.testing.assert_close(pricing.estimate(nu), exact, rtol=1e-5, atol=0)
+    pricing.restrict(torch.tensor([4, 9]))
+    assert pricing.estimate(nu).nonzero()[:, 0].tolist() == [4, 9]
 
 
 def test_memory_is_estimated():

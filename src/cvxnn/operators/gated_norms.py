@@ -6,9 +6,28 @@ import torch
 
 from cvxnn.operators.base import row_batches
 
-__all__ = ["gated_norms"]
+__all__ = ["gated_frobenius_norms", "gated_norms"]
 
 _EPS = 2.0**-53
+
+
+def gated_frobenius_norms(squares: torch.Tensor, patterns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Upper bounds (P,) of the Frobenius norm of diag(sqrt w) D_k X, from squared norms of the rows of X.
+
+    Parameters
+    ----------
+    squares : torch.Tensor of shape (n,), float64
+        Upper bounds; the largest is about 1.
+    patterns : torch.Tensor of shape (n, P), bool
+    weights : torch.Tensor of shape (n,), float64
+    """
+    n, n_gates = patterns.shape
+    weighted = weights * squares
+    sums = weighted.new_empty(n_gates)
+    for gates in row_batches(n_gates, 8 * n):
+        torch.mv(patterns[:, gates].T.to(weighted), weighted, out=sums[gates])
+    # Sums of numbers that are not negative are off by a share of themselves.
+    return sums.sqrt() * (1 + 2 * (n + 8) * _EPS)
 
 
 def gated_norms(

@@ -12,15 +12,20 @@ import torch
 
 from cvxnn.columns import Columns
 from cvxnn.operators.base import BATCH_BYTES, Operator, row_batches
-from cvxnn.operators.gated_norms import gated_norms
+from cvxnn.operators.gated_norms import gated_frobenius_norms, gated_norms
 from cvxnn.patterns import activation_patterns
 
 __all__ = ["MLPOperator"]
 
 #: Up to so many entries of a block its adjoint is cheapest as a product of patterns with x_i l_i^T.
 _FEW_PRODUCTS = 64
+#: Up to so many features spectral norms take no time.
+_FEW_FEATURES = 128
+#: Below it the squares of small entries may have underflowed.
+_SMALLEST_SQUARE = 1e-200
 #: From so many gates on predictions are formed without the blocks that are zero.
 _MANY_GATES = 64
+_EPS = 2.0**-53
 
 
 class MLPOperator(Operator):
@@ -206,7 +211,10 @@ class MLPOperator(Operator):
         if self.gates is None:
             return self
         chosen = self.gates[:, gates.cpu().numpy()]
-        return MLPOperator(self.X, self.n_outputs, chosen, self.patterns[:, gates], self.activation)
+        part = MLPOperator(self.X, self.n_outputs, chosen, self.patterns[:, gates], self.activation)
+        if "_norm" in self.__dict__:
+            part.__dict__["_norm"] = self._norm
+        return part
 
     @cached_property
     def _norm(self) -> float:
@@ -224,6 +232,15 @@ class MLPOperator(Operator):
         largest = _largest(self.X)
         if not 0 < largest < math.inf:
             return super().hidden_norms(weights, centred)
+        d = self.X.shape[1]
+        if self._patterns is not None and d > _FEW_FEATURES and 2 * d > self.n_gates:
+            # Spectral norms would take longer than the pass over the gates that they may save.
+            rounding = torch.finfo(self.dtype)
+            squares = self.row_squares.double()[:, 0] * (1 + 2 * (d + 4) * rounding.eps) + d * rounding.tiny
+            most = float(squares.max())
+            if _SMALLEST_SQUARE < most < math.inf:
+                bound = gated_frobenius_norms(squares / most, self._patterns, weights.to(squares)) * math.sqrt(most)
+                return (bound * (1 + 8 * _EPS),) * 2
         # Scaled, so that no square that counts underflows.
         X = self.X.double() / largest
         bounds = gated_norms(X, self._patterns, weights.to(X), centred)

@@ -26,7 +26,7 @@ from cvxnn.solvers.memory import check_solver_memory
 from cvxnn.solvers.result import Result
 from cvxnn.solvers.ssnal import Ssnal
 from cvxnn.solvers.vector_admm import VectorAdmm
-from cvxnn.solvers.vector_costs import is_worthwhile
+from cvxnn.solvers.vector_costs import choose_system, is_worthwhile
 from cvxnn.solvers.working_set import WorkingSet
 from cvxnn.validation import check_flag, check_integer, check_positive
 
@@ -36,6 +36,8 @@ __all__ = ["SOLVERS", "choose_solver", "path", "solve"]
 _LEAST_GATES, _LEAST_SAMPLES, _MANY_FEATURES = 256, 256, 25
 #: With several outputs from this number of gates times beta / beta_max on, with another loss from this beta / beta_max.
 _MANY_UNUSED, _LARGE_BETA = 30, 0.03
+#: From the latter on also from so many gates and features per sample on, where conjugate gradients solve the system.
+_SOME_GATES, _SOME_FEATURES = 50, 5
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
@@ -96,6 +98,8 @@ def _few_gates_will_do(problem: Problem, vector: bool) -> bool:
     if type(op) is not MLPOperator or _lacking(WorkingSet, problem) is not None or problem.cones is not None:
         return False
     per_sample = op.n_features / op.n_samples
+    if vector and op.n_gates >= _SOME_GATES and per_sample >= _SOME_FEATURES and choose_system(problem) == "iterative":
+        return problem.beta >= _LARGE_BETA * problem.beta_max
     if op.n_gates < _LEAST_GATES or per_sample < _MANY_FEATURES or op.n_samples < _LEAST_SAMPLES:
         return False
     if vector:

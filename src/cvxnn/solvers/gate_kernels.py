@@ -10,7 +10,7 @@ from scipy.linalg import blas
 
 from cvxnn.solvers.gated_rows import GatedRows
 
-__all__ = ["GateKernels"]
+__all__ = ["GateKernels", "KernelsOfSet"]
 
 Array = NDArray[Any]
 
@@ -18,11 +18,13 @@ Array = NDArray[Any]
 class GateKernels:
     """X X^T o D D^T for the patterns D of changing sets of gates on the same X.
 
-    X X^T is formed once in each precision. D D^T counts the gates that are active on both samples, whole numbers that
-    float32 holds exactly: those of gates that join or leave are added and taken away.
+    X X^T, or the rows of it that are wanted, is formed once in each precision. D D^T counts the gates that are active
+    on both samples, whole numbers that float32 holds exactly: those of gates that join or leave are added and taken
+    away.
     """
 
     def __init__(self) -> None:
+        self._row_products: dict[Any, Array] = {}
         self._products: dict[Any, Array] = {}
         self._counts: Array | None = None
         self._gates = np.empty(0, dtype=np.int64)
@@ -53,6 +55,37 @@ class GateKernels:
         self._gates, self._patterns = gates.copy(), patterns
         kernel: Array = np.multiply(self._products[dtype], self._counts, dtype=dtype)
         return kernel
+
+    def kernel_rows(self, rows: GatedRows, chosen: Array) -> Array:
+        """The rows (m, n) for some samples, always the same ones; a new array."""
+        key = rows.X.dtype
+        if key not in self._row_products:
+            self._row_products[key] = rows.X[chosen] @ rows.X.T
+        part: Array = rows.D[chosen] @ rows.D.T
+        part *= self._row_products[key]
+        return part
+
+
+class KernelsOfSet:
+    """What :class:`GateKernels` has for one set.
+
+    Parameters
+    ----------
+    kernels : GateKernels
+    gates : ndarray of shape (s,)
+        Numbers of the gates.
+    """
+
+    def __init__(self, kernels: GateKernels, gates: Array) -> None:
+        self._kernels, self._gates = kernels, gates
+
+    def kernel(self, rows: GatedRows) -> Array:
+        """:meth:`GateKernels.kernel` of this set."""
+        return self._kernels.kernel(rows, self._gates)
+
+    def kernel_rows(self, rows: GatedRows, chosen: Array) -> Array:
+        """:meth:`GateKernels.kernel_rows`, which needs no numbers."""
+        return self._kernels.kernel_rows(rows, chosen)
 
 
 def _add_square(A: Array, factor: float, total: Array) -> Array:

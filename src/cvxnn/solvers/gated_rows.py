@@ -21,10 +21,13 @@ class GatedRows:
     X : ndarray of shape (n, d)
     D : ndarray of shape (n, P)
         Patterns as numbers of the type of X.
+    copies : dict, optional
+        X in each precision, shared with the maps of other gates.
     """
 
-    def __init__(self, X: Array, D: Array) -> None:
+    def __init__(self, X: Array, D: Array, copies: dict[Any, Array] | None = None) -> None:
         self.X, self.D = np.ascontiguousarray(X), np.ascontiguousarray(D)
+        self._copies = {} if copies is None else copies
         #: Of the blocks.
         self.shape = D.shape[1], X.shape[1]
         self._by_gate = D.shape[1] <= X.shape[1]
@@ -33,7 +36,10 @@ class GatedRows:
         """The same map in another precision."""
         if self.X.dtype == dtype:
             return self
-        return GatedRows(self.X.astype(dtype), self.D.astype(dtype))
+        key = np.dtype(dtype)
+        if key not in self._copies:
+            self._copies[key] = self.X.astype(dtype)
+        return GatedRows(self._copies[key], self.D.astype(dtype), self._copies)
 
     def apply(self, V: Array) -> Array:
         """Predictions (n,) of blocks V (P, d)."""

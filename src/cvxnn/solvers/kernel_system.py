@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import blas, lapack
 
+from cvxnn.solvers.gate_kernels import KernelsOfSet
 from cvxnn.solvers.gated_rows import GatedRows, centred
 from cvxnn.solvers.ridge import kernel_fit_norm
-from cvxnn.solvers.row_system import RowSystem
+from cvxnn.solvers.row_system import RowSystem, largest_eigenvalue
 
 __all__ = ["KernelSystem"]
 
@@ -27,8 +27,8 @@ class KernelSystem(RowSystem):
 
     kept: ClassVar[tuple[str, ...]] = ("r", "image", "b")
 
-    def __init__(self, rows: GatedRows, ones: Array | None, form: Callable[[GatedRows], Array] | None = None) -> None:
-        super().__init__(rows, ones, form, np.float32 if len(rows.X) >= _SINGLE_FROM else np.float64)
+    def __init__(self, rows: GatedRows, ones: Array | None, kernels: KernelsOfSet | None = None) -> None:
+        super().__init__(rows, ones, kernels, np.float32 if len(rows.X) >= _SINGLE_FROM else np.float64)
 
     def restart(self) -> None:
         super().restart()
@@ -40,13 +40,10 @@ class KernelSystem(RowSystem):
         for name in ("_kernel", "_buffer", "_factor"):
             self.__dict__.pop(name, None)
         self._buffer: Array = np.zeros((len(self.r), len(self.r)), dtype=dtype, order="F")
-        self._kernel = self.low.kernel(self._buffer) if self.form is None else self.form(self.low)
+        self._kernel = self.low.kernel(self._buffer) if self.kernels is None else self.kernels.kernel(self.low)
         self._symv, self._trsv, self._trsm = blas.get_blas_funcs(("symv", "trsv", "trsm"), (self._kernel,))
         (self._potrf,) = lapack.get_lapack_funcs(("potrf",), (self._kernel,))
-        v: Array = np.ones(len(self._kernel), dtype=dtype)
-        for _ in range(4):
-            v = self.product(v / max(float(np.linalg.norm(v)), 1e-30))
-        self.largest = float(np.linalg.norm(v))
+        self.largest = largest_eigenvalue(self.product, np.ones(len(self._kernel), dtype=dtype))
 
     def product(self, v: Array) -> Array:
         """K v in the precision of the kernel, for v of that type."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.linalg import blas
 
 from cvxnn.solvers.ridge import kernel_fit_norm
-from cvxnn.solvers.row_system import RowSystem
+from cvxnn.solvers.row_system import RowSystem, largest_eigenvalue
 
 __all__ = ["NystromSystem", "n_columns"]
 
@@ -20,7 +20,7 @@ Array = NDArray[Any]
 _LEAST, _MOST = 100, 500
 _SHARE = 4
 #: A correction ends where the residual of the system is below this times that of its start, or after so many steps.
-_REDUCTION = 0.1
+_REDUCTION = 0.3
 _STEPS = 10
 
 
@@ -47,7 +47,7 @@ class NystromSystem(RowSystem):
         super().set_precision(dtype)
         used = np.flatnonzero(self.rows.X.any(1))
         chosen = np.sort(np.random.default_rng(0).permutation(used)[: n_columns(len(self.r))])
-        columns = self.low.kernel_rows(chosen)
+        columns = self.low.kernel_rows(chosen) if self.kernels is None else self.kernels.kernel_rows(self.low, chosen)
         core = columns[:, chosen].astype(np.float64)
         core = (core + core.T) / 2
         # Rounding of the columns is what limits the smallest eigenvalues.
@@ -58,7 +58,7 @@ class NystromSystem(RowSystem):
         #: W (m, n) with W^T W the approximation of K.
         self._low_rank: Array = trsm(1.0, factor, columns.T, side=1, lower=1, trans_a=1, overwrite_b=1).T
         self._gram = (self._low_rank @ self._low_rank.T).astype(np.float64)
-        self.largest = float(np.linalg.norm(self._gram, 2))
+        self.largest = largest_eigenvalue(self._gram.dot, self._gram.sum(1))
 
     def fit_norm(self, target: Array) -> float:
         scale = float(np.einsum("ii->", self._gram)) / len(target)

@@ -36,13 +36,19 @@ class Pricing:
 
     def __init__(self, problem: Problem, kept: dict[str, Any]) -> None:
         self.problem = problem
-        if "sizes" not in kept:
-            kept["sizes"] = gate_sizes(problem)
+        self._kept = kept
+        if "single" not in kept:
             kept["single"] = _in_single(problem.operator)
-        self._sizes: torch.Tensor = kept["sizes"]
         self.alive = torch.arange(problem.n_gates, device=problem.device)
         self._double: Operator = problem.operator.double()
         self._single: Operator | None = kept["single"]
+
+    @property
+    def _sizes(self) -> torch.Tensor:
+        if "sizes" not in self._kept:
+            self._kept["sizes"] = gate_sizes(self.problem)
+        sizes: torch.Tensor = self._kept["sizes"]
+        return sizes
 
     @property
     def n_screened(self) -> int:
@@ -64,6 +70,20 @@ class Pricing:
         if seen is not None:
             self._screen(bound, seen)
         return bound
+
+    def estimate(self, nu: torch.Tensor) -> torch.Tensor:
+        """About the dual norms (P,) for a dual candidate (n, c); 0 for gates that are screened.
+
+        They bound nothing.
+        """
+        op, norms = self._single, nu.new_zeros(self.problem.n_gates)
+        if op is None:
+            op = _selected(self._double, self.alive)
+        size = float(nu.abs().max()) or 1.0
+        nu = (nu / size).to(op.dtype)
+        parts = [self.problem.norm.dual_estimate(op.adjoint_blocks(nu, part)) for part in op.gate_batches()]
+        norms[self.alive] = size * torch.cat(parts).to(norms)
+        return norms
 
     def _norms(self, nu: torch.Tensor, error: float, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Bounds (P,); those that can be the largest one are as tight as float64 makes them."""

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cvxnn.solvers.gate_kernels import KernelsOfSet
 from cvxnn.solvers.gated_rows import GatedRows, centred
 
-__all__ = ["RowSystem"]
+__all__ = ["RowSystem", "largest_eigenvalue"]
 
 Array = NDArray[Any]
 
@@ -19,6 +20,14 @@ Array = NDArray[Any]
 _SINGLE_LOSS = 0.3
 #: From such a condition number on, float64 does not add up changes without loss either.
 _DRIFTS = 1e8
+
+
+def largest_eigenvalue(product: Callable[[Array], Array], start: Array) -> float:
+    """About the largest eigenvalue of a positive semidefinite matrix, by a few of its products."""
+    v = start
+    for _ in range(4):
+        v = product(v / max(float(np.linalg.norm(v)), 1e-30))
+    return float(np.linalg.norm(v))
 
 
 class RowSystem(ABC):
@@ -33,8 +42,8 @@ class RowSystem(ABC):
         In float64.
     ones : ndarray of shape (n,) or None
         The column of the intercept; None without one.
-    form : callable, optional
-        Makes the kernel of rows in either precision, where it is wanted; by default it is formed from nothing.
+    kernels : KernelsOfSet, optional
+        Forms the kernel, or columns of it, in either precision; by default they are formed from nothing.
     dtype : type
         Of the arithmetic of a correction, to begin with.
 
@@ -55,10 +64,10 @@ class RowSystem(ABC):
         self,
         rows: GatedRows,
         ones: Array | None,
-        form: Callable[[GatedRows], Array] | None = None,
+        kernels: KernelsOfSet | None = None,
         dtype: type = np.float32,
     ) -> None:
-        self.ones, self.rows, self.form = ones, rows, form
+        self.ones, self.rows, self.kernels = ones, rows, kernels
         #: That of the factor; 0 where there is none yet.
         self.rho = self.largest = 0.0
         self.restart()

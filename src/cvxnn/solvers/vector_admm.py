@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,11 +16,13 @@ from cvxnn.problem import Problem
 from cvxnn.solvers.admm import AdmmOptions
 from cvxnn.solvers.anderson import Anderson
 from cvxnn.solvers.base import ILL_CONDITIONED, UNEVEN_DATA, Iterate, Solver
-from cvxnn.solvers.gated_rows import GatedRows, centred, norms
+from cvxnn.solvers.gate_kernels import KernelsOfSet
+from cvxnn.solvers.gated_rows import centred, norms
 from cvxnn.solvers.kernel_system import KernelSystem
 from cvxnn.solvers.nystrom_system import NystromSystem
 from cvxnn.solvers.radial import best_sizes, corrected_dual
 from cvxnn.solvers.row_system import RowSystem
+from cvxnn.solvers.scaled_samples import ScaledSamples
 from cvxnn.solvers.sides import fits
 from cvxnn.solvers.vector_costs import SYSTEMS, choose_system, factoring, passing, vector_bytes
 
@@ -85,8 +86,6 @@ class VectorAdmm(Solver):
     Options = VectorAdmmOptions
     default_max_iter: ClassVar[int] = 50_000
     check_every: int = 1
-    #: Whether looks take too long: never.
-    dear: ClassVar[bool] = False
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
@@ -102,23 +101,15 @@ class VectorAdmm(Solver):
             return f"its matrices need {needed / 2**30:.1f} GiB, more than is free; use 'admm'"
         return None
 
-    def __init__(self, problem: Problem, *arguments: Any) -> None:
+    def __init__(self, problem: Problem, *arguments: Any, samples: ScaledSamples | None = None) -> None:
         super().__init__(problem, *arguments)
-        op = problem.operator.double()
-        assert isinstance(op, MLPOperator)
-        root = problem.weights.sqrt().numpy()
-        used = root > 0
-        y = np.where(used, problem.Y64.numpy()[:, 0] * root, 0.0)
-        X = op.X.numpy() * root[:, None]  # a copy
-        #: The arrays are scaled so that their largest entry is 1; beta and Z with them.
-        self.x_size, self.y_size = (float(np.abs(part).max()) or 1.0 for part in (X, y))
-        self.root, self.y = root, y / self.y_size
+        samples = ScaledSamples(problem) if samples is None else samples
+        self.root, self.y, self.x_size, self.y_size = samples.root, samples.y, samples.x_size, samples.y_size
         self.beta = problem.beta / self.x_size / self.y_size
-        X /= self.x_size
-        self.rows = GatedRows(X, op.patterns.numpy().astype(np.float64))
-        #: How the kernel is formed, where not from nothing.
-        self.form: Callable[[GatedRows], Array] | None = None
-        self.ones = root / float(root.max()) if problem.output_bias else None
+        self.rows = samples.rows(problem.patterns)
+        #: What forms the kernel, where not from nothing.
+        self.kernels: KernelsOfSet | None = None
+        self.ones = self.root / float(self.root.max()) if problem.output_bias else None
 
     def start(self, point: Iterate | None) -> None:
         if "system" not in self.kept:
@@ -140,8 +131,13 @@ class VectorAdmm(Solver):
 
     def _set_system(self, side: str) -> None:
         kind = KernelSystem if side == "samples" else NystromSystem
-        self.kept["system"] = kind(self.rows, self.ones, self.form)
+        self.kept["system"] = kind(self.rows, self.ones, self.kernels)
         self.system = self.kept["system"]
+
+    def fitting_rho(self, side: str) -> float:
+        """The first penalty of a run from zero with this system, as in the options."""
+        self._set_system(side)
+        return self._first_rho(None) * self.x_size**2
 
     def _first_rho(self, point: Iterate | None) -> float:
         """From the blocks of a warm start, or a lightly regularised least-squares fit, as if all blocks shared it.
@@ -153,7 +149,7 @@ class VectorAdmm(Solver):
             if sizes.any():
                 wanted = self.beta / (_SHARE * float(sizes[sizes > 0].mean()))
                 return self.system.rho if 0.5 < self.system.rho / wanted < 2 else wanted
-        size = self.system.fit_norm(centred(self.y, self.ones)) / math.sqrt(len(self.W))
+        size = self.system.fit_norm(centred(self.y, self.ones)) / math.sqrt(self.rows.shape[0])
         return self.beta / (_SHARE * size) if size > 0 else self.beta
 
     def _warm_start(self, point: Iterate) -> None:
@@ -296,9 +292,15 @@ class VectorAdmm(Solver):
         if self.looked < self.iteration and self.gap > self.tol:
             self._look()
         self.certified_at = self.iteration
-        Z = torch.from_numpy(self.best_W * (self.y_size / self.x_size))[:, :, None]
-        dual = torch.from_numpy(-self.root * self.best_r * self.y_size)[:, None]
-        return Iterate(Z.to(self.problem.dtype), dual=dual)
+        return Iterate(self.blocks_of(self.best_W).to(self.problem.dtype), dual=self.dual_of(self.best_r))
+
+    def blocks_of(self, W: Array) -> torch.Tensor:
+        """Blocks (P, d, 1) of the problem."""
+        return torch.from_numpy(W * (self.y_size / self.x_size))[:, :, None]
+
+    def dual_of(self, r: Array) -> torch.Tensor:
+        """The dual candidate (n, 1) that a residual r (n,) is."""
+        return torch.from_numpy(-self.root * r * self.y_size)[:, None]
 
     def limited_by_rounding(self) -> bool:
         return self.system.largest > ILL_CONDITIONED * self.rho or super().limited_by_rounding()
