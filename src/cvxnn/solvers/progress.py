@@ -53,7 +53,7 @@ class Progress:
     def estimate(self, iteration: int, gap: float) -> None:
         """Show a gap that is not certified yet."""
         if self._bar is not None:
-            self._bar.update(self._task, iteration=iteration, gap=f"about {gap:.0e}")
+            self._bar.update(self._task, iteration=iteration, gap=f"about {gap:.0e}" if gap < math.inf else "-")
 
     def update(self, entry: dict[str, Any]) -> None:
         """Show the newest entry of the trace."""
