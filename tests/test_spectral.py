@@ -143,7 +143,7 @@ def test_pairs_are_the_matrices_they_stand_for():
     weights = torch.from_numpy(rng.standard_normal(10))
     S = pairs.matrix(weights)
     torch.testing.assert_close(h @ (S @ columns.v), torch.einsum("a,anc->nc", weights, E))
-    torch.testing.assert_close(S.norm(), weights.norm())
+    torch.testing.assert_close(S.norm(), weights.norm(), rtol=1e-13, atol=0)
 
 
 def test_frames_give_their_blocks_back():
@@ -179,6 +179,21 @@ def test_looks_need_fewer_steps(architecture):
     reference = cvxnn.solve(problem, "interior_point", tol=1e-7)
     assert result.objective <= reference.objective * (1 + 1e-6)
     assert result.certificate.lower_bound <= reference.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("output_bias", [False, True])
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+def test_looks_do_not_depend_on_the_sizes_of_the_data(side, output_bias):
+    rng = np.random.default_rng(0)
+    X, Y, gates = (rng.standard_normal(shape) for shape in ((20, 4), (20, 3), (4, 5)))
+    found = []
+    for x, y in [(1.0, 1.0), (1e100, 1e100), (1e-100, 1e-100), (1e100, 1.0), (1.0, 1e100), (1e-100, 1.0), (1.0, 1e-140)]:
+        problem = cvxnn.mlp_problem(x * X, y * Y, gates=gates, output_bias=output_bias)
+        problem = problem.with_beta(0.1 * problem.beta_max)
+        result = cvxnn.solve(problem, "admm", tol=1e-7, max_iter=100, solver_options={"side": side})
+        assert result.status == "certified"
+        found.append(result.objective / y / y)
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
 
 
 def test_looks_that_take_too_long_are_left_out(monkeypatch):

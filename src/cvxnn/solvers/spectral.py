@@ -164,7 +164,7 @@ class SpectralPoints:
             metric = hidden.T @ (self.weights * hidden)
             products = hidden.T @ (self.weights * self.target) @ columns.v.T
             op.summed(0.0, metric, products)
-            found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal)
+            found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal.double())
             if op.agreed(found is None):
                 break
             assert found is not None
