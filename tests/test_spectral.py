@@ -1,5 +1,7 @@
 """Better primal and dual points for the nuclear norm, and the small systems that give them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -187,7 +189,8 @@ def test_looks_do_not_depend_on_the_sizes_of_the_data(side, output_bias):
     rng = np.random.default_rng(0)
     X, Y, gates = (rng.standard_normal(shape) for shape in ((20, 4), (20, 3), (4, 5)))
     found = []
-    for x, y in [(1.0, 1.0), (1e100, 1e100), (1e-100, 1e-100), (1e100, 1.0), (1.0, 1e100), (1e-100, 1.0), (1.0, 1e-140)]:
+    sizes = [(1.0, 1.0), (1e100, 1e100), (1e-100, 1e-100), (1e100, 1.0), (1.0, 1e100), (1e-100, 1.0), (1.0, 1e-140)]
+    for x, y in sizes:
         problem = cvxnn.mlp_problem(x * X, y * Y, gates=gates, output_bias=output_bias)
         problem = problem.with_beta(0.1 * problem.beta_max)
         result = cvxnn.solve(problem, "admm", tol=1e-7, max_iter=100, solver_options={"side": side})
@@ -206,6 +209,45 @@ def test_looks_that_take_too_long_are_left_out(monkeypatch):
     assert solver.looks.dear and solver.looks.Z is None
     assert torch.equal(solver.iterate().Z, rough(problem, "auto", 30).iterate().Z)
     assert cvxnn.solve(problem, "admm", tol=1e-6).status == "certified"
+
+
+def test_plain_points_are_certified_as_often_without_looks(monkeypatch):
+    monkeypatch.setattr(SpectralPoints, "_is_dear", lambda self, used: True)
+    result = cvxnn.solve(some_problem(), "admm", tol=0, max_iter=600, solver_options={"memory": 0})
+    seen = [0, *(entry["iteration"] for entry in result.trace)]
+    assert max(after - before - 0.15 * before for before, after in itertools.pairwise(seen)) <= 10
+
+
+@pytest.mark.parametrize("solver", ["admm", "working_set"])
+@pytest.mark.parametrize("steps", [7, 50, 77])
+@pytest.mark.parametrize("by", ["max_iter", "callback"])
+def test_runs_go_on_as_if_they_had_not_ended(solver, steps, by, tmp_path):
+    """Also where they end just where a certificate is made, before which there is a look."""
+    problem = some_problem(n=60, n_gates=30, beta=0.01, kind="intercept")
+    settings = {"tol": 0, "max_iter": 120, "solver_options": {"gates": 5} if solver == "working_set" else {}}
+    whole = cvxnn.solve(problem, solver, **settings)
+    checkpoint = {"checkpoint": tmp_path / "run"}
+    end = {"max_iter": steps} if by == "max_iter" else {"callbacks": [lambda entry: entry["iteration"] >= steps]}
+    cvxnn.solve(problem, solver, **(settings | checkpoint | end))
+    result = cvxnn.solve(problem, solver, resume=True, **(settings | checkpoint))
+    assert torch.equal(result.Z, whole.Z) and torch.equal(result.dual, whole.dual)
+    # The end of a run may add an entry.
+    assert [entry["iteration"] for entry in whole.trace if entry["iteration"] != steps] == [
+        entry["iteration"] for entry in result.trace if entry["iteration"] != steps
+    ]
+
+
+def test_a_run_that_goes_on_has_a_point_before_its_first_step():
+    """As it is asked for where the step is interrupted."""
+    problem = some_problem()
+    first, second = (Admm(problem, AdmmOptions(side="samples"), 1e-6, None) for _ in range(2))
+    first.start(None)
+    for _ in range(12):
+        first.step()
+    second.start(None)
+    second.load_state(first.state())
+    second.iteration += 1
+    assert torch.isfinite(second.iterate().blocks()).all()
 
 
 @pytest.mark.parametrize(
