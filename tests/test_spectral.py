@@ -16,6 +16,7 @@ from cvxnn.solvers.ridge import FeatureRidge, KernelRidge
 from cvxnn.solvers.sides import make_ridge
 from cvxnn.solvers.singular_pairs import Frames, PairProducts
 from cvxnn.solvers.spectral import SpectralPoints
+from tests import distributed_worker as worker
 from tests.helpers import make_problem
 
 KINDS = {
@@ -248,6 +249,32 @@ def test_a_run_that_goes_on_has_a_point_before_its_first_step():
     second.load_state(first.state())
     second.iteration += 1
     assert torch.isfinite(second.iterate().blocks()).all()
+
+
+def turned(group, folder):
+    """The second process finds other singular vectors, as another kind of machine may."""
+    if group is not None and group.rank == 1:
+        svd = torch.linalg.svd
+
+        def other(*arguments, **options):
+            left, values, right = svd(*arguments, **options)
+            signs = 1.0 - 2.0 * (torch.arange(values.shape[-1]) % 2)
+            return left * signs.to(left), values, right * signs.to(left).unsqueeze(1)
+
+        torch.linalg.svd = other
+    found = {}
+    for side in ("features", "iterative"):
+        options = {"tol": 1e-8, "max_iter": 40, "solver_options": {"side": side}}
+        found[side] = worker.facts(problem := some_problem("intercept"), cvxnn.solve(problem, "admm", **options))
+    return found
+
+
+def test_processes_agree_on_the_singular_vectors(tmp_path):
+    first, second = worker.run(turned, tmp_path, shard="samples", timeout=10)
+    assert first == second
+    for side, wanted in turned(None, tmp_path).items():
+        for fact in ("Z", "primal", "lower", "n_iter"):
+            np.testing.assert_allclose(first[side][fact], wanted[fact], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,10 @@ class Frames:
         for part in (left, right):
             parts.append(part.new_zeros(len(gates), *part.shape[1:]))
             parts[-1][mine] = part[places]
-        op.add_outputs(*parts)
+        if op.shares_gates:
+            op.add_outputs(*parts)
+        else:
+            op.common(*parts)
         return cls(gates, parts[0], parts[1], used[gates])
 
     def columns(self) -> Columns:
