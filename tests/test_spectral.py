@@ -1,5 +1,7 @@
 """Better primal and dual points for the nuclear norm, and the small systems that give them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from cvxnn.solvers.ridge import FeatureRidge, KernelRidge
 from cvxnn.solvers.sides import make_ridge
 from cvxnn.solvers.singular_pairs import Frames, PairProducts
 from cvxnn.solvers.spectral import SpectralPoints
+from tests import distributed_worker as worker
 from tests.helpers import make_problem
 
 KINDS = {
@@ -143,7 +146,7 @@ def test_pairs_are_the_matrices_they_stand_for():
     weights = torch.from_numpy(rng.standard_normal(10))
     S = pairs.matrix(weights)
     torch.testing.assert_close(h @ (S @ columns.v), torch.einsum("a,anc->nc", weights, E))
-    torch.testing.assert_close(S.norm(), weights.norm())
+    torch.testing.assert_close(S.norm(), weights.norm(), rtol=1e-13, atol=0)
 
 
 def test_frames_give_their_blocks_back():
@@ -181,6 +184,22 @@ def test_looks_need_fewer_steps(architecture):
     assert result.certificate.lower_bound <= reference.objective * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("output_bias", [False, True])
+@pytest.mark.parametrize("side", ["samples", "features", "iterative"])
+def test_looks_do_not_depend_on_the_sizes_of_the_data(side, output_bias):
+    rng = np.random.default_rng(0)
+    X, Y, gates = (rng.standard_normal(shape) for shape in ((20, 4), (20, 3), (4, 5)))
+    found = []
+    sizes = [(1.0, 1.0), (1e100, 1e100), (1e-100, 1e-100), (1e100, 1.0), (1.0, 1e100), (1e-100, 1.0), (1.0, 1e-140)]
+    for x, y in sizes:
+        problem = cvxnn.mlp_problem(x * X, y * Y, gates=gates, output_bias=output_bias)
+        problem = problem.with_beta(0.1 * problem.beta_max)
+        result = cvxnn.solve(problem, "admm", tol=1e-7, max_iter=100, solver_options={"side": side})
+        assert result.status == "certified"
+        found.append(result.objective / y / y)
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
+
+
 def test_looks_that_take_too_long_are_left_out(monkeypatch):
     problem = some_problem()
     monkeypatch.setattr(SpectralPoints, "_is_dear", lambda self, used: True)
@@ -191,6 +210,71 @@ def test_looks_that_take_too_long_are_left_out(monkeypatch):
     assert solver.looks.dear and solver.looks.Z is None
     assert torch.equal(solver.iterate().Z, rough(problem, "auto", 30).iterate().Z)
     assert cvxnn.solve(problem, "admm", tol=1e-6).status == "certified"
+
+
+def test_plain_points_are_certified_as_often_without_looks(monkeypatch):
+    monkeypatch.setattr(SpectralPoints, "_is_dear", lambda self, used: True)
+    result = cvxnn.solve(some_problem(), "admm", tol=0, max_iter=600, solver_options={"memory": 0})
+    seen = [0, *(entry["iteration"] for entry in result.trace)]
+    assert max(after - before - 0.15 * before for before, after in itertools.pairwise(seen)) <= 10
+
+
+@pytest.mark.parametrize("solver", ["admm", "working_set"])
+@pytest.mark.parametrize("steps", [7, 50, 77])
+@pytest.mark.parametrize("by", ["max_iter", "callback"])
+def test_runs_go_on_as_if_they_had_not_ended(solver, steps, by, tmp_path):
+    """Also where they end just where a certificate is made, before which there is a look."""
+    problem = some_problem(n=60, n_gates=30, beta=0.01, kind="intercept")
+    settings = {"tol": 0, "max_iter": 120, "solver_options": {"gates": 5} if solver == "working_set" else {}}
+    whole = cvxnn.solve(problem, solver, **settings)
+    checkpoint = {"checkpoint": tmp_path / "run"}
+    end = {"max_iter": steps} if by == "max_iter" else {"callbacks": [lambda entry: entry["iteration"] >= steps]}
+    cvxnn.solve(problem, solver, **(settings | checkpoint | end))
+    result = cvxnn.solve(problem, solver, resume=True, **(settings | checkpoint))
+    assert torch.equal(result.Z, whole.Z) and torch.equal(result.dual, whole.dual)
+    # The end of a run may add an entry.
+    assert [entry["iteration"] for entry in whole.trace if entry["iteration"] != steps] == [
+        entry["iteration"] for entry in result.trace if entry["iteration"] != steps
+    ]
+
+
+def test_a_run_that_goes_on_has_a_point_before_its_first_step():
+    """As it is asked for where the step is interrupted."""
+    problem = some_problem()
+    first, second = (Admm(problem, AdmmOptions(side="samples"), 1e-6, None) for _ in range(2))
+    first.start(None)
+    for _ in range(12):
+        first.step()
+    second.start(None)
+    second.load_state(first.state())
+    second.iteration += 1
+    assert torch.isfinite(second.iterate().blocks()).all()
+
+
+def turned(group, folder):
+    """The second process finds other singular vectors, as another kind of machine may."""
+    if group is not None and group.rank == 1:
+        svd = torch.linalg.svd
+
+        def other(*arguments, **options):
+            left, values, right = svd(*arguments, **options)
+            signs = 1.0 - 2.0 * (torch.arange(values.shape[-1]) % 2)
+            return left * signs.to(left), values, right * signs.to(left).unsqueeze(1)
+
+        torch.linalg.svd = other
+    found = {}
+    for side in ("features", "iterative"):
+        options = {"tol": 1e-8, "max_iter": 40, "solver_options": {"side": side}}
+        found[side] = worker.facts(problem := some_problem("intercept"), cvxnn.solve(problem, "admm", **options))
+    return found
+
+
+def test_processes_agree_on_the_singular_vectors(tmp_path):
+    first, second = worker.run(turned, tmp_path, shard="samples", timeout=10)
+    assert first == second
+    for side, wanted in turned(None, tmp_path).items():
+        for fact in ("Z", "primal", "lower", "n_iter"):
+            np.testing.assert_allclose(first[side][fact], wanted[fact], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,17 @@ class Operator(ABC):
         """What process 0 decides: rounding on another kind of machine, clocks and callbacks may say otherwise."""
         return flag if self.group is None else self.group.of_first(flag) > 0
 
+    def common(self, *tensors: torch.Tensor) -> None:
+        """Have tensors that all processes have formed alike be those of process 0, in place.
+
+        For what rounding decides, as the singular vectors of values that are equal.
+        """
+        if self.group is not None:
+            if self.group.rank > 0:
+                for tensor in tensors:
+                    tensor.zero_()
+            self.group.add_up(*tensors)
+
     @property
     def counts_common(self) -> bool:
         """Whether this process adds what all of them have to sums that go over the gates of all."""

@@ -211,7 +211,8 @@ class Admm(Solver):
     def _look(self, looks: Looks) -> None:
         """Look for better points, and fit the penalty to what is in use there."""
         residual = self._last_residual()
-        assert residual is not None
+        if residual is None:
+            return
         wanted = looks.look(self.iteration, self.W, residual, self.tol)
         if wanted is None or not self.options.adapt or self.iteration < self.next_adaptation:
             return

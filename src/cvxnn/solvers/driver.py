@@ -172,20 +172,23 @@ def run(
                         state = solver.state()
                     out_of_time = time_limit is not None and operator.agreed(elapsed() >= time_limit)
                     last = out_of_time or solver.finished or iteration >= max_iter
-                    if iteration < next_check and not last:
+                    due = iteration >= next_check
+                    if due:
+                        # A run that goes on from its last iteration keeps to the same checks.
+                        next_check = _next_check(iteration, solver.check_every)
+                    estimate = solver.estimated_gap() if due else None
+                    asked = due and (estimate is None or estimate <= tol)
+                    if not (asked or last):
+                        if estimate is not None:
+                            progress.estimate(iteration, estimate)
                         if store is not None and state is not None:
                             store.save_if_due(iteration, elapsed(), best, state, next_check)
                         continue
-                    if iteration >= next_check:
-                        # A run that goes on from its last iteration keeps to the same checks.
-                        next_check = _next_check(iteration, solver.check_every)
-                    estimate = None if last else solver.estimated_gap()
-                    if estimate is not None and estimate > tol:
-                        progress.estimate(iteration, estimate)
-                        if store is not None:
-                            store.save_if_due(iteration, elapsed(), best, solver.state(), next_check)
-                        continue
                     finite = best.update(problem, solver.iterate(), share())
+                    if store is not None and asked:
+                        # To be asked for its point may change a solver; one that is asked because it ends goes on
+                        # as if it had not been.
+                        state = solver.state()
                     if group is not None:
                         group.check_agreement(best.primal, best.lower)
                     entry = best.record(iteration, elapsed(), solver.facts())
@@ -203,8 +206,8 @@ def run(
                     elif solver.finished or (best.stalled(iteration) and solver.limited_by_rounding()):
                         status = "stationary"
                     elif iteration < max_iter:
-                        if store is not None:
-                            store.save_if_due(iteration, elapsed(), best, solver.state(), next_check)
+                        if store is not None and state is not None:
+                            store.save_if_due(iteration, elapsed(), best, state, next_check)
                         continue
                     break
         except (KeyboardInterrupt, Exception) as cause:

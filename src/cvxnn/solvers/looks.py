@@ -91,9 +91,9 @@ class Looks:
 
     def estimated_gap(self, iteration: int, tol: float) -> float | None:
         """That of the best points; None where the point at hand is to be certified."""
-        if self.Z is None or self.dear:
-            return None if iteration % _FAR_APART == 0 else self.gap
-        due = self.gap > tol and iteration - self.certified_at >= _CERTIFY_EVERY
+        plain = self.Z is None or self.dear
+        apart = _FAR_APART if plain else _CERTIFY_EVERY
+        due = (plain or self.gap > tol) and iteration - self.certified_at >= apart
         return None if due else self.gap
 
     def best(self, iteration: int) -> Iterate | None:

@@ -41,7 +41,10 @@ class Frames:
         for part in (left, right):
             parts.append(part.new_zeros(len(gates), *part.shape[1:]))
             parts[-1][mine] = part[places]
-        op.add_outputs(*parts)
+        if op.shares_gates:
+            op.add_outputs(*parts)
+        else:
+            op.common(*parts)
         return cls(gates, parts[0], parts[1], used[gates])
 
     def columns(self) -> Columns:
@@ -105,7 +108,8 @@ class PairProducts:
         self.columns, gate = columns, columns.gate
         self.i, self.j = (gate[:, None] == gate[None, :]).tril().nonzero().unbind(1)
         self.diagonal = self.i == self.j
-        self.scale = torch.where(self.diagonal, 0.5, math.sqrt(0.5)).to(columns.u)
+        self.scale = torch.full_like(columns.u[self.i, 0], math.sqrt(0.5))
+        self.scale[self.diagonal] = 0.5
 
     def gram(self, metric: torch.Tensor) -> torch.Tensor:
         """<E, M E> for all pairs, where metric (s, s) is <h, M h>."""

@@ -98,7 +98,7 @@ class SpectralPoints:
         left, values, right = torch.linalg.svd(W, full_matrices=False)
         largest = self.op.largest_over_gates(float(values.max()))
         used = values > _ZERO[self.problem.dtype] * largest
-        sizes = self.op.all_gates(torch.where(used, values, 0.0))
+        sizes = self._sizes(used, values)
         if self.op.agreed(not largest > 0 or self._is_dear(sizes > 0)):
             return None
         frames, sizes = Frames.of(self.op, left, right, sizes > 0), sizes[sizes > 0]
@@ -111,6 +111,12 @@ class SpectralPoints:
         primal, Z, ranks = self._better_blocks(frames, primal, W)
         lower, dual = self._better_residual(residual, slopes, lower, ranks, tol, primal)
         return Found(primal, Z, lower, dual, mean)
+
+    def _sizes(self, used: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Singular values (P, r) in use of all gates, the others 0."""
+        sizes = self.op.all_gates(torch.where(used, values, 0.0))
+        self.op.common(sizes)
+        return sizes
 
     def _is_dear(self, used: torch.Tensor) -> bool:
         """Whether the work with so many singular pairs, (P, r) of all gates, takes long beside the steps."""
@@ -164,7 +170,7 @@ class SpectralPoints:
             metric = hidden.T @ (self.weights * hidden)
             products = hidden.T @ (self.weights * self.target) @ columns.v.T
             op.summed(0.0, metric, products)
-            found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal)
+            found = _solve(pairs.gram(metric), pairs.coordinates(products) - beta * pairs.diagonal.double())
             if op.agreed(found is None):
                 break
             assert found is not None
@@ -176,6 +182,7 @@ class SpectralPoints:
                 best = value, frames.product(op, blocks)
             tiny = _TINY * float(inner.abs().max())
             positive = (inner > tiny).sum(1)
+            op.common(positive)
             if op.agreed(last or not bool((inner < -tiny).any() and positive.any())):
                 break
             frames = frames.leading(positive)
@@ -200,7 +207,7 @@ class SpectralPoints:
                 break
             # Singular values come in decreasing order.
             first = torch.arange(slopes.values.shape[1], device=ranks.device) < ranks.unsqueeze(1)
-            sizes = op.all_gates(torch.where(first | (slopes.values > beta), slopes.values, 0.0))
+            sizes = self._sizes(first | (slopes.values > beta), slopes.values)
             if op.agreed(self._is_dear(sizes > 0)):
                 break
             frames = Frames.of(op, slopes.left, slopes.right, sizes > 0)
