@@ -414,3 +414,15 @@ def test_values_that_cannot_be_stored(value):
 def test_json_that_is_not_ours(value):
     with pytest.raises(ValueError, match="cannot be read"):
         from_json(value, {"present": np.ones(1)})
+
+
+def test_links_stay_and_pipes_are_refused(tmp_path):
+    target, link, pipe = tmp_path / "there.safetensors", tmp_path / "link.safetensors", tmp_path / "pipe"
+    link.symlink_to(target)
+    for number in (1.0, 2.0):
+        write_tensors(link, "model", {}, {"x": np.full(2, number)})
+        assert link.is_symlink() and read_tensors(target, "model")[1]["x"][0] == number
+    os.mkfifo(pipe)
+    with pytest.raises(StorageError, match="it is a device or a pipe"):
+        write_tensors(pipe, "model", {}, {"x": np.zeros(2)})
+    assert pipe.is_fifo()

@@ -54,6 +54,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     try:
         if target.is_dir():
             raise StorageError(f"cannot write {target}: it is a folder; the name of a file is wanted")
+        # A link goes on to point at what is written.
+        target = target.resolve() if target.is_symlink() else target
+        if target.exists() and not target.is_file():
+            raise StorageError(f"cannot write {target}: it is a device or a pipe; the name of a file is wanted")
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".cvxnn-", suffix=".tmp")
         os.close(handle)
     except StorageError:
