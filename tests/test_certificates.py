@@ -7,7 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import cvxnn
@@ -64,6 +64,7 @@ def test_lower_bounds_hold_at_any_scale(seed, loss, output_bias, scale, offset, 
     Y = np.eye(2)[[0, 1, *rng.integers(0, 2, 4)]]
     gates = rng.standard_normal((2, 2))
     problem = cvxnn.mlp_problem(X, Y, gates=gates, loss=loss, output_bias=output_bias)
+    assume(problem.beta_max > 0)  # 0 where no sample is active
     problem = problem.with_beta(fraction * problem.beta_max)
     best = cvxnn.solve(problem, solver="frank_wolfe", tol=1e-6, max_iter=3)
     scaled = cvxnn.mlp_problem(X * scale, Y, gates=gates, loss=loss, output_bias=output_bias, beta=problem.beta * scale)

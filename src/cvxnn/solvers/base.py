@@ -125,7 +125,7 @@ class Solver(ABC):
 
     @abstractmethod
     def iterate(self) -> Iterate:
-        """The current point; called only when it is to be certified."""
+        """The current point; called only when it is to be certified. A solver may look for a better one, and change."""
 
     def estimated_gap(self) -> float | None:
         """About the relative gap that a certificate would find, where that takes long; None where it does not."""

@@ -107,9 +107,16 @@ class SpectralPoints:
         lower = self._bound(residual, slopes.largest)
         mean = float(sizes.mean())
         if self.op.agreed(relative_gap(primal, lower) <= tol):
-            return Found(primal, W, lower, residual, mean)
+            return self._found(primal, W, lower, residual, mean)
         primal, Z, ranks = self._better_blocks(frames, primal, W)
         lower, dual = self._better_residual(residual, slopes, lower, ranks, tol, primal)
+        return self._found(primal, Z, lower, dual, mean)
+
+    def _found(self, primal: float, Z: torch.Tensor, lower: float, dual: torch.Tensor, mean: float) -> Found:
+        """With the numbers of process 0, on which the next steps depend."""
+        group = self.op.group
+        if group is not None:
+            primal, lower, mean = (group.of_first(number) for number in (primal, lower, mean))
         return Found(primal, Z, lower, dual, mean)
 
     def _sizes(self, used: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -178,7 +185,7 @@ class SpectralPoints:
             blocks = frames.blocks(S)
             inner = torch.linalg.eigvalsh(blocks)
             value = self._objective(hidden @ (S @ columns.v), float(inner.abs().sum()))
-            if value < best[0]:
+            if op.agreed(value < best[0]):
                 best = value, frames.product(op, blocks)
             tiny = _TINY * float(inner.abs().max())
             positive = (inner > tiny).sum(1)
@@ -222,7 +229,7 @@ class SpectralPoints:
             residual = residual - move(pairs.matrix(weights) @ columns.v)
             slopes = self._slopes(residual)
             lower = self._bound(residual, slopes.largest)
-            if lower > best[0]:
+            if op.agreed(lower > best[0]):
                 best = lower, residual
         return best
 
