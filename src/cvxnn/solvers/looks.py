@@ -21,7 +21,7 @@ _FAR = 1e-3
 _MOST_APART = 20
 _UNIT = 5
 #: The threshold beta / rho is so many times the mean of the singular values in use.
-_SHARE = 2.5
+_SHARE = 2.2
 #: Steps after which the point is certified all the same: for the trace, callbacks and stalled runs.
 _CERTIFY_EVERY = 50
 #: What the next looks depend on: always, and after a first one.
