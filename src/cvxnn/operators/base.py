@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from cvxnn.columns import Columns
-from cvxnn.distributed import Group
 from cvxnn.operators.passes import batches_of
+from cvxnn.operators.sharing import Sharing
 from cvxnn.operators.symmetric import add_product
 
 __all__ = ["Operator", "row_batches"]
@@ -30,7 +30,7 @@ def row_batches(n_rows: int, bytes_per_row: int, limit: int | None = None) -> li
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-class Operator(ABC):
+class Operator(Sharing, ABC):
     """The linear map A(Z) = sum_k A_k(Z_k) of one architecture on one data set (math section 1).
 
     Blocks are stored as one tensor Z of shape (P, p, q), predictions as (n, c).
@@ -47,16 +47,10 @@ class Operator(ABC):
     width: int = 1
     #: Whether a pass over the samples takes long, as features are formed again each time.
     passes_are_dear: bool = False
-    #: The processes that the samples are shared out to; None where they are all in this one.
-    group: Group | None = None
     #: Whether hidden outputs and features of any samples can be had here.
     has_rows: bool = True
     #: Whether :meth:`kernel_columns` is there, at a cost far below that of the kernel.
     has_kernel_columns: bool = False
-    #: Whether blocks are those of some gates only, the others being in other processes.
-    shares_gates: bool = False
-    #: Number of the first gate of this process.
-    first_gate: int = 0
     dtype: torch.dtype
     device: torch.device
 
@@ -97,61 +91,6 @@ class Operator(ABC):
     def local(self) -> Operator:
         """The map of the samples that are in this process, as a rule all."""
         return self
-
-    def own(self, values: torch.Tensor) -> torch.Tensor:
-        """The rows of values (n, ...) that belong to the samples of `local`."""
-        return values
-
-    def whole(self, part: torch.Tensor) -> torch.Tensor:
-        """Rows of all samples from those that belong to the samples of `local`."""
-        return part
-
-    def summed(self, value: float, *tensors: torch.Tensor) -> float:
-        """Add up what every process has of a sum over the samples: the tensors in place, the value as the result."""
-        return value
-
-    def over_gates(self, *values: float) -> list[float]:
-        """Add up what every process has of sums over the gates."""
-        return list(values)
-
-    def largest_over_gates(self, value: float) -> float:
-        """The largest of what every process has of a maximum over the gates."""
-        return value
-
-    def agreed(self, flag: bool) -> bool:
-        """What process 0 decides: rounding on another kind of machine, clocks and callbacks may say otherwise."""
-        return flag if self.group is None else self.group.of_first(flag) > 0
-
-    def common(self, *tensors: torch.Tensor) -> None:
-        """Have tensors that all processes have formed alike be those of process 0, in place.
-
-        For what rounding decides, as the singular vectors of values that are equal.
-        """
-        if self.group is not None:
-            if self.group.rank > 0:
-                for tensor in tensors:
-                    tensor.zero_()
-            self.group.add_up(*tensors)
-
-    @property
-    def counts_common(self) -> bool:
-        """Whether this process adds what all of them have to sums that go over the gates of all."""
-        return True
-
-    def all_gates(self, part: torch.Tensor) -> torch.Tensor:
-        """Rows of all gates, in order, from those of the gates of this process; as many for each gate."""
-        return part
-
-    def own_gates(self, whole: torch.Tensor) -> torch.Tensor:
-        """The rows of the gates of this process; rows that are these already stay."""
-        return whole
-
-    def add_outputs(self, *outputs: torch.Tensor) -> None:  # noqa: B027
-        """Add up predictions in place, of which every process has what its gates add."""
-
-    def once(self, offset: torch.Tensor) -> torch.Tensor:
-        """What a process is to add to predictions before they are added up, so that the offset is in them once."""
-        return offset
 
     def part(self, rows: slice) -> Operator:
         """The same map for a range of the samples."""
