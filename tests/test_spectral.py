@@ -84,7 +84,7 @@ def test_pairs_that_come_out_negative_are_dropped():
     points = SpectralPoints(problem, solver.ridge)
     W = left @ torch.diag_embed(values * used) @ right
     frames = Frames.of(points.op, left, right, used)
-    primal, Z, ranks = points._better_blocks(frames, problem.objective(W), W)
+    primal, Z, ranks = points._better_blocks(frames, points._hidden(frames), problem.objective(W), W)
     assert torch.equal(ranks, wanted.sum(1))
     assert primal - best.objective < 1e-3 * (problem.objective(W) - best.objective)
     assert problem.objective(Z) == pytest.approx(primal, rel=1e-12)

@@ -102,13 +102,15 @@ class SpectralPoints:
         if self.op.agreed(not largest > 0 or self._is_dear(sizes > 0)):
             return None
         frames, sizes = Frames.of(self.op, left, right, sizes > 0), sizes[sizes > 0]
-        primal = self._plain_objective(frames, sizes)
+        hidden = self._hidden(frames)
+        outputs = hidden @ (sizes.unsqueeze(1) * frames.columns().v)
+        primal = self._objective(outputs, float(sizes.sum()))
         slopes = self._slopes(residual)
         lower = self._bound(residual, slopes.largest)
         mean = float(sizes.mean())
         if self.op.agreed(relative_gap(primal, lower) <= tol):
             return self._found(primal, W, lower, residual, mean)
-        primal, Z, ranks = self._better_blocks(frames, primal, W)
+        primal, Z, ranks = self._better_blocks(frames, hidden, primal, W)
         lower, dual = self._better_residual(residual, slopes, lower, ranks, tol, primal)
         return self._found(primal, Z, lower, dual, mean)
 
@@ -155,13 +157,12 @@ class SpectralPoints:
         loss = 0.5 * float((self.weights * (self.target - outputs).square()).sum())
         return self.op.summed(loss) + self.problem.beta * penalty
 
-    def _plain_objective(self, frames: Frames, sizes: torch.Tensor) -> float:
-        columns = frames.columns()
-        outputs = frames.hidden(self.op, columns) @ (sizes.unsqueeze(1) * columns.v)
-        return self._objective(self._centred(outputs), float(sizes.sum()))
+    def _hidden(self, frames: Frames) -> torch.Tensor:
+        """Centred hidden outputs of the columns of frames."""
+        return self._centred(frames.hidden(self.op, frames.columns()))
 
     def _better_blocks(
-        self, frames: Frames, primal: float, W: torch.Tensor
+        self, frames: Frames, hidden: torch.Tensor, primal: float, W: torch.Tensor
     ) -> tuple[float, torch.Tensor, torch.Tensor]:
         """Objective and blocks with the best S_k, or those given where these are better; and the ranks of gates, (P,).
 
@@ -172,7 +173,6 @@ class SpectralPoints:
         best = primal, W
         for last in (False,) * _ROUNDS + (True,):
             columns = frames.columns()
-            hidden = self._centred(frames.hidden(op, columns))
             pairs = PairProducts(columns)
             metric = hidden.T @ (self.weights * hidden)
             products = hidden.T @ (self.weights * self.target) @ columns.v.T
@@ -193,6 +193,7 @@ class SpectralPoints:
             if op.agreed(last or not bool((inner < -tiny).any() and positive.any())):
                 break
             frames = frames.leading(positive)
+            hidden = self._hidden(frames)
         return *best, frames.ranks(op)
 
     def _slopes(self, residual: torch.Tensor) -> _Slopes:
